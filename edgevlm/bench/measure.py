@@ -1,0 +1,166 @@
+"""Measure a model that answers: warm-up, repetitions, memory, and everything they depend on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+
+from edgevlm.bench import machine
+from edgevlm.bench.measurement import Conditions, Measurement, Memory, Repetition, Workload
+from edgevlm.bench.memory import Peak, watch_peak
+from edgevlm.bench.workload import (
+    PROMPT,
+    SCENE_SEED,
+    Picture,
+    ask_once,
+    given_pictures,
+    image_name,
+    scene_pictures,
+    warm_up,
+)
+from edgevlm.bundle.manifest import PARTS
+from edgevlm.bundle.read import read_bundle
+from edgevlm.core.errors import BenchmarkError, UsageError
+from edgevlm.processing.images import ImageSource
+from edgevlm.runtimes.vlm import RuntimeVlm
+
+KV_CACHE_BYTES_PER_NUMBER = 4  # float32, the only kind of cache that a runtime here keeps
+
+Check = Callable[
+    [RuntimeVlm], "str | None"
+]  # the complaint about a wrong golden answer, None when it is right
+
+
+def measure(
+    vlm: RuntimeVlm,
+    *,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    prompt: str | None = None,
+    repetitions: int = 20,
+    max_tokens: int = 32,
+    check: Check | None = None,
+    command: str | None = None,
+    on_repetition: Callable[[], object] = lambda: None,
+) -> Measurement:
+    """Time ``repetitions`` answers of ``max_tokens`` tokens, each about a new picture.
+
+    Without ``image`` the pictures come from the scene generator, in the model's own size.  Given images are
+    asked about in turn with the image cache off, so that the vision encoder works every time.  ``check``
+    looks at a golden answer first; ``on_repetition`` is called after every timed repetition.
+
+    Raises BenchmarkError when the golden answer is wrong or a picture came from the cache, InputError for an
+    image or a prompt that cannot be used.
+    """
+    if repetitions < 1:
+        raise UsageError(f"repetitions must be 1 or more, got {repetitions}")
+    images = _as_sequence(image)
+    work = _workload(vlm, images, PROMPT if prompt is None else prompt, repetitions, max_tokens)
+    pictures = given_pictures(images) if images else scene_pictures(_native_size(vlm))
+    started, golden = datetime.now(timezone.utc), _check_golden(vlm, check)
+    warm = warm_up(lambda: ask_once(vlm, work, next(pictures)))
+    clocks_before = machine.clocks_mhz()
+    with machine.watch_other_load() as load:
+        timed = tuple(_timed(vlm, work, pictures, repetitions, on_repetition))
+    clocks_after = machine.clocks_mhz()
+    with watch_peak() as peak:
+        ask_once(vlm, work, next(pictures))
+    conditions = Conditions(
+        started=started.isoformat(timespec="seconds"),
+        command=command or shlex.join(sys.argv),
+        model=vlm.name,
+        golden=golden,
+        bundle_sha256=vlm.info.get("bundle_sha256"),
+        runtime={key: value for key, value in vlm.info.items() if key != "bundle_sha256"},
+        device=machine.device(),
+        versions=machine.versions(),
+        clocks_mhz_before=clocks_before,
+        clocks_mhz_after=clocks_after,
+        other_load=load.share,
+    )
+    return Measurement(
+        workload=work, warm_up=warm, memory=_memory(vlm, peak), conditions=conditions, repetitions=timed
+    )
+
+
+def _as_sequence(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
+
+
+def _workload(
+    vlm: RuntimeVlm, images: Sequence[ImageSource], prompt: str, repetitions: int, max_tokens: int
+) -> Workload:
+    if images:
+        origin = ", ".join(image_name(one, i) for i, one in enumerate(images)) + ", image cache off"
+        distinct = len(images)
+    else:
+        size = _native_size(vlm)
+        origin = f"scene generator, seed {SCENE_SEED}, {size} x {size} PNG"
+        distinct = repetitions
+    return Workload(
+        prompt=prompt,
+        images=origin,
+        num_distinct_images=min(distinct, repetitions),
+        image_cache=not images,
+        num_new_tokens=max_tokens,
+    )
+
+
+def _native_size(vlm: RuntimeVlm) -> int:
+    return max(vlm.processor.image_spec.height, vlm.processor.image_spec.width)
+
+
+def _check_golden(vlm: RuntimeVlm, check: Check | None) -> str:
+    if check is None:
+        return "not checked"
+    complaint = check(vlm)
+    if complaint is not None:
+        raise BenchmarkError(
+            f"{vlm.name} does not give its golden answer, so its speed means nothing: {complaint}"
+        )
+    return "matched"
+
+
+def _timed(
+    vlm: RuntimeVlm,
+    work: Workload,
+    pictures: Iterator[Picture],
+    repetitions: int,
+    on_repetition: Callable[[], object],
+) -> Iterator[Repetition]:
+    """The repetitions; their pictures are drawn beforehand, to leave the machine alone between them."""
+    for picture in list(islice(pictures, repetitions)):
+        one = ask_once(vlm, work, picture)
+        if one.image_from_cache:
+            raise BenchmarkError(f"{picture.name} came from the image cache, so it was not a new image")
+        if one.num_new_tokens == 0:
+            raise BenchmarkError(f"the answer about {picture.name} is empty, so there is nothing to time")
+        on_repetition()
+        yield one
+
+
+def _memory(vlm: RuntimeVlm, peak: Peak) -> Memory:
+    weights, cache = _accounted_bytes(vlm.info.get("bundle"))
+    return Memory(
+        kind=peak.kind,
+        peak_bytes=peak.peak_bytes,
+        num_samples=peak.num_samples,
+        weights_bytes=weights,
+        cache_bytes=cache,
+    )
+
+
+def _accounted_bytes(folder: str | None) -> tuple[int | None, int | None]:
+    """Bytes of the part files that are in use and of the kv cache, as the manifest has them."""
+    if folder is None:
+        return None, None
+    manifest = read_bundle(Path(folder), check=False).manifest
+    files = {name for part in PARTS for name in manifest.part(part).files}
+    shape = manifest.decoder
+    numbers = 2 * shape.num_layers * shape.num_key_value_heads * manifest.max_context * shape.head_size
+    return sum(manifest.file_bytes.get(name, 0) for name in files), numbers * KV_CACHE_BYTES_PER_NUMBER

@@ -1,0 +1,169 @@
+"""What ``edgevlm.json`` says: which file is which part of the model, and how to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgevlm.bundle.paths import check_name
+from edgevlm.core.config import from_mapping
+from edgevlm.core.errors import ConfigError, IntegrityError, UnsupportedError
+from edgevlm.core.registry import unknown_name
+
+SCHEMA_VERSION = 1
+PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a part; a dimension is a number or the name of a free one (``"batch"``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.dtype:
+            raise ConfigError("a tensor needs a name and a dtype")
+        if any((size <= 0) if isinstance(size, int) else not size for size in self.shape):
+            raise ConfigError(
+                f"tensor {self.name}: a dimension is a positive number or a name, found {self.shape}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFile:
+    """One part of the model, lowered for ``target`` in ``precision``.
+
+    ``file`` and ``extra_files`` (external weights) are relative to the bundle, with forward slashes.
+    """
+
+    part: str
+    target: str
+    precision: str
+    file: str
+    extra_files: tuple[str, ...] = ()
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ConfigError(unknown_name("part", self.part, PARTS))
+        if not self.target or not self.precision:
+            raise ConfigError(f"part {self.part} needs a target and a precision")
+        for name in self.files:
+            check_name(name)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the part, the main one first."""
+        return (self.file, *self.extra_files)
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What a runtime must know to allocate the decoder's kv cache and logits."""
+
+    num_layers: int
+    num_key_value_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ConfigError(f"{name} must be positive, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole of ``edgevlm.json``.
+
+    ``image`` and ``prompt`` are the plain mappings of the image and prompt specifications; ``file_bytes`` is
+    the length of each part's files, which ``write_manifest`` fills in.  Where a part stands in several
+    precisions for one target, the first is the default.
+    """
+
+    schema: int = SCHEMA_VERSION
+    name: str
+    family: str
+    parts: tuple[PartFile, ...]
+    image: dict[str, Any]
+    prompt: dict[str, Any]
+    num_vision_tokens: int
+    decoder: DecoderShape
+    max_context: int
+    suite: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    file_bytes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA_VERSION:
+            raise ConfigError(f"schema must be {SCHEMA_VERSION}, found {self.schema}")
+        if not self.name or not self.family:
+            raise ConfigError("a bundle needs a name and a family")
+        if self.num_vision_tokens <= 0 or self.max_context <= 0:
+            raise ConfigError("num_vision_tokens and max_context must be positive")
+        self._check_parts()
+
+    def part(self, name: str, target: str = "onnx", precision: str | None = None) -> PartFile:
+        """The part ``name`` for ``target``, in ``precision`` or the default one.
+
+        Raises UnsupportedError, which names what the bundle holds instead.
+        """
+        if name not in PARTS:
+            raise UnsupportedError(unknown_name("part", name, PARTS))
+        same = [part for part in self.parts if part.part == name and part.target == target]
+        for part in same:
+            if precision in (None, part.precision):
+                return part
+        if same:
+            found = ", ".join(part.precision for part in same)
+            raise UnsupportedError(
+                f"{self.name}: {name} for {target} has no precision {precision!r}; it has {found}"
+            )
+        targets = ", ".join(sorted({part.target for part in self.parts if part.part == name}))
+        raise UnsupportedError(
+            f"{self.name}: {name} was not exported for {target!r}; the bundle holds {targets}"
+        )
+
+    def targets(self) -> tuple[str, ...]:
+        """Every target that some part was exported for, in the order of the manifest."""
+        return tuple(dict.fromkeys(part.target for part in self.parts))
+
+    def files(self) -> tuple[str, ...]:
+        """Every file that a part needs, once."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.files))
+
+    def _check_parts(self) -> None:
+        missing = [name for name in PARTS if name not in {part.part for part in self.parts}]
+        if missing:
+            raise ConfigError(f"no file for part {', '.join(missing)}")
+        seen = set()
+        for part in self.parts:
+            key = (part.part, part.target, part.precision)
+            if key in seen:
+                raise ConfigError(f"{part.part} for {part.target} in {part.precision} is listed twice")
+            seen.add(key)
+
+
+def parse_manifest(values: Mapping[str, Any], *, where: str) -> Manifest:
+    """The manifest in ``values``.
+
+    Raises IntegrityError for a schema that is not ours, and for anything missing, unknown or wrongly typed.
+    """
+    schema = values.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise IntegrityError(
+            f"{where}: not the manifest of a bundle (schema is {schema!r}, expected a number)"
+        )
+    if schema > SCHEMA_VERSION:
+        raise IntegrityError(
+            f"{where}: written by a newer EdgeVLM (schema {schema}, this one reads {SCHEMA_VERSION}): upgrade"
+        )
+    try:
+        return from_mapping(Manifest, values, strict=True, where=where)
+    except ConfigError as error:
+        raise IntegrityError(str(error)) from error

@@ -1,0 +1,90 @@
+"""``edgevlm bench BUNDLE``: how fast a bundle answers on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgevlm.cli.console import Json, progress
+from edgevlm.core.errors import UsageError
+from edgevlm.core.registry import unknown_name
+
+if TYPE_CHECKING:
+    from edgevlm.bench.measurement import Measurement
+    from edgevlm.runtimes.vlm import RuntimeVlm
+
+
+def command(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder or shipped name.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="Ask about this file (repeatable); default: generated scenes."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Ask this instead of the standard question.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", "-p", help="Lengthen the prompt to this many tokens.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="New tokens per answer.")] = 32,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Timed answers.")] = 20,
+    output: Annotated[str, typer.Option("--output", "-o", help="md, csv, json or jsonl.")] = "md",
+    runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Cores to compute with.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Write the raw run to this .jsonl file.")
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the bundle's hashes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure BUNDLE with a new image in every repetition, after warm-up."""
+    from edgevlm.bench.record import write_measurement
+    from edgevlm.bench.table import FORMATS
+    from edgevlm.runtimes.open import open_bundle
+
+    output = "json" if as_json else output
+    if output not in FORMATS:
+        raise UsageError(unknown_name("output format", output, list(FORMATS)))
+    if save is not None and save.is_dir():
+        raise UsageError(f"--save {save} is a folder: name a file, such as {save / 'run.jsonl'}")
+    with open_bundle(bundle, runtime, threads=threads, check=not no_check) as vlm:
+        question = _question(vlm, prompt, prompt_tokens)
+        measurement = _measure(vlm, image or [], question, repetitions, max_tokens)
+    typer.echo(FORMATS[output](measurement))
+    if save is not None:
+        write_measurement(save, measurement)
+
+
+def _measure(
+    vlm: RuntimeVlm, images: list[Path], prompt: str | None, repetitions: int, max_tokens: int
+) -> Measurement:
+    from edgevlm.bench.measure import measure
+
+    with progress("warm-up, then repetitions", repetitions) as advance:
+        return measure(
+            vlm,
+            image=images or None,
+            prompt=prompt,
+            repetitions=repetitions,
+            max_tokens=max_tokens,
+            check=golden_check(),
+            on_repetition=lambda: advance(1),
+        )
+
+
+def golden_check() -> Callable[[RuntimeVlm], str | None]:
+    """What decides whether a benchmark counts; imported late, like everything heavy."""
+    from edgevlm.verify import golden_answers_match
+
+    return golden_answers_match
+
+
+def _question(vlm: RuntimeVlm, prompt: str | None, prompt_tokens: int | None) -> str | None:
+    from edgevlm.bench.workload import PROMPT, prompt_of_length
+
+    if prompt_tokens is None:
+        return prompt
+    return prompt_of_length(vlm, prompt_tokens, PROMPT if prompt is None else prompt)

@@ -1,0 +1,48 @@
+"""``edgevlm export``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgevlm.cli import console
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a shipped name (nano).")],
+    out: Annotated[Path | None, typer.Argument(help="Bundle folder to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The same, as an option.")] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="See `edgevlm targets`.")] = "onnx",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is whole.")] = False,
+    half_storage: Annotated[
+        bool, typer.Option("--half-storage", help="Store weights that float16 holds exactly in half the bytes.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that failed the gate as OUT.failed.")] = False,
+    as_json: console.Json = False,
+) -> None:
+    """Export MODEL to a bundle that a runtime can open, and prove that it is the same model."""
+    folder = _one_folder(out, output)
+    from edgevlm.bundle.read import read_bundle
+    from edgevlm.core.config import read_json
+    from edgevlm.export.pipeline import STEPS, export_bundle
+
+    with console.steps(f"export {model}", STEPS) as begin:
+        bundle = export_bundle(
+            model, target=target, out=folder, overwrite=overwrite, half_storage=half_storage, keep=keep, report=begin
+        )
+    if as_json:
+        console.print_json({"bundle": str(bundle), "verify": read_json(bundle / "verify.json")})
+        return
+    manifest = read_bundle(bundle, check=False).manifest
+    num_bytes = sum(manifest.file_bytes.values())
+    typer.echo(f"{bundle}: {manifest.name} for {target}, {len(manifest.parts)} parts, {num_bytes / 1e6:.1f} MB, verified")
+    typer.echo(f"next: edgevlm run {bundle} --image PICTURE --prompt QUESTION")
+
+
+def _one_folder(out: Path | None, output: Path | None) -> Path:
+    given = [folder for folder in (out, output) if folder is not None]
+    if len(given) != 1:
+        raise typer.BadParameter("give the bundle folder once: as the last argument, or with -o")
+    return given[0]

@@ -1,0 +1,1 @@
+"""What every room leans on: errors, registries, configs, files, hardware.  Standard library only."""

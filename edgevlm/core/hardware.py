@@ -1,0 +1,454 @@
+"""What this machine is: processor, memory, GPUs, and on a Jetson its power mode and reserved memory.
+
+Read from the files and small tools of the system; no library is needed and none is imported.  Everything is
+relative to a ``root``, so a tree of files stands in for a machine in the tests.  The Jetson, macOS and GPU
+readers follow the documented formats; they have not been run on such hardware yet.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+Tool = Callable[
+    [Sequence[str]], "str | None"
+]  # a command line -> its standard output, None where it is absent
+
+X86_FEATURES = (
+    *("avx", "avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16"),
+)
+ARM_FEATURES = {  # as the kernel says it: as people say it
+    "neon": "neon",
+    "asimd": "neon",
+    "asimdhp": "fp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+    "sme": "sme",
+}
+ARM_CORES = {  # (implementer, part) as /proc/cpuinfo numbers them; ARM kernels print no model name
+    (0x41, 0xD03): "Cortex-A53",
+    (0x41, 0xD05): "Cortex-A55",
+    (0x41, 0xD07): "Cortex-A57",
+    (0x41, 0xD08): "Cortex-A72",
+    (0x41, 0xD0B): "Cortex-A76",
+    (0x41, 0xD0C): "Neoverse-N1",
+    (0x41, 0xD40): "Neoverse-V1",
+    (0x41, 0xD41): "Cortex-A78",
+    (0x41, 0xD42): "Cortex-A78AE",
+    (0x41, 0xD49): "Neoverse-N2",
+    (0x41, 0xD4F): "Neoverse-V2",
+    (0x41, 0xD83): "Neoverse-V3AE",
+    (0x41, 0xD84): "Neoverse-V3",
+    (0x4E, 0x003): "Denver 2",
+    (0x4E, 0x004): "Carmel",
+}
+MAC_FEATURES = {
+    "hw.optional.neon": "neon",
+    "hw.optional.arm.FEAT_FP16": "fp16",
+    "hw.optional.arm.FEAT_DotProd": "dotprod",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+    "hw.optional.arm.FEAT_SME": "sme",
+    "hw.optional.avx2_0": "avx2",
+    "hw.optional.avx512f": "avx512f",
+}
+JETPACK_OF_L4T = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7"}
+DRM_VENDORS = {"0x1002": "AMD", "0x8086": "Intel"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """The processor; ``usable_cores`` is what affinity and a container's quota leave (2.5: 250 % of one)."""
+
+    model: str
+    features: tuple[str, ...]
+    physical_cores: int
+    logical_cores: int
+    usable_cores: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes; ``limit_bytes`` is a container's limit; ``available_bytes`` respects it.  None: not known."""
+
+    total_bytes: int | None
+    available_bytes: int | None
+    limit_bytes: int | None = None
+    swap_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU; ``memory_bytes`` is None where it shares the system's memory or nobody tells."""
+
+    name: str
+    vendor: str
+    memory_bytes: int | None = None
+    driver: str | None = None
+    compute_capability: str | None = None
+    shared_memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jetson:
+    """What decides speed on a Jetson.
+
+    ``power_mode`` is its name (``MAXN_SUPER``) or number; CMA is memory that the kernel can hand out in one
+    piece, for devices that need it so.
+    """
+
+    model: str
+    l4t: str | None
+    jetpack: str | None
+    power_mode: str | None
+    cma_total_bytes: int | None
+    cma_free_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One machine, as `edgevlm doctor` shows it and every measurement carries it."""
+
+    system: str
+    architecture: str
+    kernel: str
+    board: str | None
+    cpu: Cpu
+    memory: Memory
+    gpus: tuple[Gpu, ...]
+    jetson: Jetson | None
+
+
+def probe(root: Path = Path("/"), *, tool: Tool | None = None, system: str | None = None) -> Hardware:
+    """Describe the machine whose files lie under ``root``; what cannot be read is None or empty.
+
+    ``tool`` runs ``nvidia-smi``, ``nvpmodel`` and ``sysctl``; for a recorded tree none is run by default.
+    """
+    tool = tool or (run_tool if root == Path("/") else _no_tool)
+    system = system or platform.system()
+    parts = _probe_mac(tool) if system == "Darwin" else _probe_linux(root, tool)
+    board = _text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name")
+    return Hardware(
+        system=system,
+        architecture=platform.machine(),
+        kernel=_text(root / "proc/sys/kernel/osrelease") or platform.release(),
+        board=board or None,
+        cpu=parts[0],
+        memory=parts[1],
+        gpus=parts[2],
+        jetson=_jetson(root, tool),
+    )
+
+
+def run_tool(command: Sequence[str]) -> str | None:
+    """The standard output of ``command``, or None when it is absent, fails or takes over ten seconds."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _no_tool(command: Sequence[str]) -> str | None:
+    return None
+
+
+def _probe_linux(root: Path, tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
+    return _linux_cpu(root), _linux_memory(root), _linux_gpus(root, tool)
+
+
+# -- processor ----------------------------------------------------------------------------------------------
+
+
+def _linux_cpu(root: Path) -> Cpu:
+    blocks = _cpuinfo(_text(root / "proc/cpuinfo"))
+    allowed = _cpu_list(_field(_text(root / "proc/self/status"), "Cpus_allowed_list"))
+    logical = sum("processor" in block for block in blocks) or os.cpu_count() or 1
+    quota = _cpu_quota(root)
+    usable = float(min(len(allowed) or logical, logical))
+    return Cpu(
+        model=_cpu_model(blocks),
+        features=_cpu_features(blocks),
+        physical_cores=_physical_cores(root, blocks) or logical,
+        logical_cores=logical,
+        usable_cores=min(usable, quota) if quota else usable,
+    )
+
+
+def _cpuinfo(text: str) -> list[dict[str, str]]:
+    """One mapping per processor (ARM kernels add one for the board)."""
+    blocks = []
+    for block in text.split("\n\n"):
+        pairs = (line.partition(":") for line in block.splitlines() if ":" in line)
+        if values := {name.strip(): value.strip() for name, _, value in pairs}:
+            blocks.append(values)
+    return blocks
+
+
+def _cpu_model(blocks: list[dict[str, str]]) -> str:
+    if named := next((block["model name"] for block in blocks if "model name" in block), ""):
+        return named
+    cores = [_arm_core(block) for block in blocks if "CPU part" in block]
+    counts = {core: cores.count(core) for core in cores}
+    return (
+        " + ".join(f"{count}x {core}" for core, count in counts.items()) or platform.processor() or "unknown"
+    )
+
+
+def _arm_core(block: dict[str, str]) -> str:
+    implementer, part = block.get("CPU implementer", "0"), block["CPU part"]
+    try:
+        return ARM_CORES[int(implementer, 16), int(part, 16)]
+    except (KeyError, ValueError):
+        return f"ARM core {implementer}:{part}"
+
+
+def _cpu_features(blocks: list[dict[str, str]]) -> tuple[str, ...]:
+    """What every core can do: on a big.LITTLE chip a thread may land on any of them."""
+    lines = [block.get("flags", block.get("Features")) for block in blocks]
+    sets = [set(line.split()) for line in lines if line]
+    flags = set.intersection(*sets) if sets else set()
+    arm = dict.fromkeys(name for flag, name in ARM_FEATURES.items() if flag in flags)
+    return (*(name for name in X86_FEATURES if name in flags), *arm)
+
+
+def _physical_cores(root: Path, blocks: list[dict[str, str]]) -> int:
+    """Cores without counting hyper-threads twice; 0 where neither sysfs nor /proc/cpuinfo tells."""
+    siblings = {
+        _text(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list")
+    }
+    if siblings - {""}:
+        return len(siblings - {""})
+    return len({(block.get("physical id"), block["core id"]) for block in blocks if "core id" in block})
+
+
+def _cpu_list(text: str) -> set[int]:
+    """``0-3,8`` as the set of its numbers."""
+    numbers: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if first.isdigit() and (last or first).isdigit():
+            numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+# -- containers ---------------------------------------------------------------------------------------------
+
+
+def _cgroup_folders(root: Path, controller: str) -> list[Path]:
+    """Every cgroup folder that may limit this process, innermost first, for version 2 and 1."""
+    folders: list[Path] = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if names and controller not in names.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / (controller if names else "")
+        inner = base / path.strip("/")
+        folders += [inner, *(folder for folder in inner.parents if folder == base or base in folder.parents)]
+    return folders
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """The smallest CPU quota that holds, in cores."""
+    quotas = []
+    for folder in _cgroup_folders(root, "cpu"):
+        words = _text(folder / "cpu.max").split() or [
+            _text(folder / "cpu.cfs_quota_us"),
+            _text(folder / "cpu.cfs_period_us"),
+        ]
+        if len(words) == 2 and all(
+            word.isdigit() and int(word) for word in words
+        ):  # "max" and -1 mean no quota
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def _memory_limits(root: Path) -> list[tuple[int, int]]:
+    """(limit, still free below it) in bytes, for every cgroup that has a limit."""
+    limits = []
+    for folder in _cgroup_folders(root, "memory"):
+        for limit_file, usage_file, reclaimable in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, usage = _number(_text(folder / limit_file)), _number(_text(folder / usage_file))
+            if limit is not None and limit < 2**60:  # version 1 writes almost 2**63 for "no limit"
+                cached = _number(_field(_text(folder / "memory.stat"), reclaimable, separator=" ")) or 0
+                limits.append((limit, max(0, limit - max(0, (usage or 0) - cached))))
+    return limits
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+def _linux_memory(root: Path) -> Memory:
+    meminfo = _text(root / "proc/meminfo")
+    total, available = _kilobytes(meminfo, "MemTotal"), _kilobytes(meminfo, "MemAvailable")
+    limits = [pair for pair in _memory_limits(root) if total is None or pair[0] < total]
+    free = [pair[1] for pair in limits] + ([] if available is None else [available])
+    return Memory(
+        total_bytes=total,
+        available_bytes=min(free, default=None),
+        limit_bytes=min((pair[0] for pair in limits), default=None),
+        swap_bytes=_kilobytes(meminfo, "SwapTotal"),
+    )
+
+
+def _kilobytes(meminfo: str, name: str) -> int | None:
+    number = _number(_field(meminfo, name).removesuffix("kB").strip())
+    return None if number is None else number * 1024
+
+
+# -- GPUs ---------------------------------------------------------------------------------------------------
+
+
+def _linux_gpus(root: Path, tool: Tool) -> tuple[Gpu, ...]:
+    nvidia = _nvidia_smi(tool) or _nvidia_proc(root)
+    if not nvidia and (board := _jetson_model(root)):
+        nvidia = [Gpu(name=f"{board} (integrated)", vendor="NVIDIA", shared_memory=True)]
+    return (*nvidia, *_drm_gpus(root))
+
+
+def _nvidia_smi(tool: Tool) -> list[Gpu]:
+    fields = "name,memory.total,driver_version,compute_cap"
+    listing = tool(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]) or ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines()]
+    return [_nvidia_gpu(*row) for row in rows if len(row) == 4]
+
+
+def _nvidia_gpu(name: str, mebibytes: str, driver: str, capability: str) -> Gpu:
+    memory = _number(mebibytes)  # "[N/A]" on a Jetson, whose GPU shares the system's memory
+    return Gpu(
+        name=name,
+        vendor="NVIDIA",
+        memory_bytes=None if memory is None else memory * 2**20,
+        driver=_known(driver),
+        compute_capability=_known(capability),
+        shared_memory=memory is None,
+    )
+
+
+def _nvidia_proc(root: Path) -> list[Gpu]:
+    version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(root / "proc/driver/nvidia/version"))
+    driver = version[1] if version else None
+    cards = sorted(root.glob("proc/driver/nvidia/gpus/*/information"))
+    return [
+        Gpu(name=_field(_text(card), "Model") or "unknown", vendor="NVIDIA", driver=driver) for card in cards
+    ]
+
+
+def _drm_gpus(root: Path) -> list[Gpu]:
+    vendors = [_text(path) for path in sorted(root.glob("sys/class/drm/card[0-9]*/device/vendor"))]
+    names = [DRM_VENDORS[vendor] for vendor in vendors if vendor in DRM_VENDORS]
+    return [Gpu(name=f"{name} graphics", vendor=name, shared_memory=name == "Intel") for name in names]
+
+
+# -- Jetson -------------------------------------------------------------------------------------------------
+
+
+def _jetson_model(root: Path) -> str:
+    model = _text(root / "proc/device-tree/model")
+    return model if "jetson" in model.lower() or "nvidia" in model.lower() else ""
+
+
+def _jetson(root: Path, tool: Tool) -> Jetson | None:
+    model = _jetson_model(root)
+    release = _text(root / "etc/nv_tegra_release")
+    if not model and not release:
+        return None
+    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
+    meminfo = _text(root / "proc/meminfo")
+    return Jetson(
+        model=model or "unknown Jetson",
+        l4t=f"{match[1]}.{match[2]}" if match else None,
+        jetpack=JETPACK_OF_L4T.get(match[1]) if match else None,
+        power_mode=_power_mode(root, tool),
+        cma_total_bytes=_kilobytes(meminfo, "CmaTotal"),
+        cma_free_bytes=_kilobytes(meminfo, "CmaFree"),
+    )
+
+
+def _power_mode(root: Path, tool: Tool) -> str | None:
+    """What ``nvpmodel -q`` says, or else the saved number, with its name where /etc/nvpmodel.conf has one."""
+    if named := _field(tool(["nvpmodel", "-q"]) or "", "NV Power Mode"):
+        return named
+    match = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
+    if not match:
+        return None
+    modes = re.findall(r"POWER_MODEL\s+ID=(\d+)\s+NAME=([^\s>]+)", _text(root / "etc/nvpmodel.conf"))
+    names: dict[int, str] = {int(number): name for number, name in modes}
+    return names.get(int(match[1]), match[1].lstrip("0") or "0")
+
+
+# -- macOS --------------------------------------------------------------------------------------------------
+
+
+def _probe_mac(tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
+    setting = partial(_sysctl, tool)
+    model = setting("machdep.cpu.brand_string") or "unknown"
+    logical = _number(setting("hw.logicalcpu")) or os.cpu_count() or 1
+    features = dict.fromkeys(name for key, name in MAC_FEATURES.items() if setting(key) == "1")
+    cpu = Cpu(
+        model=model,
+        features=tuple(features),
+        physical_cores=_number(setting("hw.physicalcpu")) or logical,
+        logical_cores=logical,
+        usable_cores=float(logical),
+    )
+    memory = Memory(total_bytes=_number(setting("hw.memsize")), available_bytes=_mac_available(tool))
+    gpus = (
+        (Gpu(name=f"{model} GPU", vendor="Apple", shared_memory=True),) if model.startswith("Apple") else ()
+    )
+    return cpu, memory, gpus
+
+
+def _sysctl(tool: Tool, name: str) -> str:
+    return (tool(["sysctl", "-n", name]) or "").strip()
+
+
+def _mac_available(tool: Tool) -> int | None:
+    text = tool(["vm_stat"]) or ""
+    size = re.search(r"page size of (\d+) bytes", text)
+    pages = [
+        _number(_field(text, f"Pages {kind}").rstrip(".")) for kind in ("free", "inactive", "speculative")
+    ]
+    return int(size[1]) * sum(page or 0 for page in pages) if size else None
+
+
+# -- reading ------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    """The stripped text of a system file, empty where there is none; device-tree strings end in a NUL."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace").strip("\0 \t\n")
+    except (OSError, ValueError):
+        return ""
+
+
+def _field(text: str, name: str, separator: str = ":") -> str:
+    """The rest of the line that begins with ``name`` and the separator."""
+    for line in text.splitlines():
+        key, found, value = line.strip().partition(separator)
+        if found and key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _known(text: str) -> str | None:
+    return None if not text or text.strip("[]").upper() == "N/A" else text

@@ -1,0 +1,121 @@
+"""Libraries that an extra brings: imported when needed, and missed with the command that fixes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from edgevlm.core.errors import MissingLibraryError
+
+EXTRA_OF = {
+    "torch": "workshop",
+    "transformers": "workshop",
+    "onnx": "workshop",
+    "onnx_ir": "workshop",
+    "onnxscript": "workshop",
+    "huggingface_hub": "workshop",
+}
+PACKAGE_OF = {  # where the name to import is not the name to install
+    "PIL": "pillow",
+    "onnx_ir": "onnx-ir",
+    "huggingface_hub": "huggingface-hub",
+    "llama_cpp": "llama-cpp-python",
+    "jinja2": "Jinja2",
+}
+VARIANTS_OF = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that EdgeVLM can use: where ``version`` is None it is missing, and ``fix`` installs it."""
+
+    module: str
+    used_for: str
+    version: str | None
+    package: str
+    fix: str | None
+
+
+USED_FOR = {
+    "onnxruntime": "device: runs ONNX bundles",
+    "numpy": "device: arrays",
+    "PIL": "device: images",
+    "tokenizers": "device: prompts",
+    "safetensors": "device: golden tensors and weights",
+    "jinja2": "device: chat templates",
+    "torch": "workshop: models, training",
+    "transformers": "workshop: checkpoints, reference",
+    "onnx": "workshop: export",
+    "onnx_ir": "workshop: export",
+    "onnxscript": "workshop: export",
+    "huggingface_hub": "workshop: downloads",
+}
+NOT_USED_YET = ("openvino", "tensorrt", "coremltools", "llama_cpp")  # shown where found, so nobody has to ask
+
+
+def require(module: str) -> ModuleType:
+    """Import ``module``, or raise MissingLibraryError with the command that brings it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise missing_library(error, module) from error
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # installed, but for another system or without its shared libraries
+        reason = f"is installed but does not load ({' '.join(str(error).split())[:200]})"
+        raise MissingLibraryError(module, fix_command(module), reason) from error
+
+
+def missing_library(error: ModuleNotFoundError, wanted: str) -> MissingLibraryError:
+    """The clear error for ``error``: the library that lacks is ``wanted`` or one that it leans on."""
+    library = (error.name or wanted).partition(".")[0]
+    return MissingLibraryError(library, fix_command(library))
+
+
+def is_installed(module: str) -> bool:
+    """Whether ``module`` could be imported, without importing it (of ``a.b``, ``a`` is imported)."""
+    try:
+        return find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def fix_command(module: str) -> str:
+    """The command that installs ``module``."""
+    extra = EXTRA_OF.get(module)
+    return f"pip install 'edgevlm[{extra}]'" if extra else f"pip install {PACKAGE_OF.get(module, module)}"
+
+
+def libraries() -> tuple[Library, ...]:
+    """What is installed of all that EdgeVLM uses, read from package metadata: nothing is imported."""
+    used = [_library(module, purpose) for module, purpose in USED_FOR.items()]
+    found = [_library(module, "found; no EdgeVLM back end yet") for module in NOT_USED_YET]
+    return (*used, *(library for library in found if library.version))
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of ``package``, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms that `edgevlm --help` need not pay
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def installed_variants(module: str) -> tuple[str, ...]:
+    """Every installed package that brings ``module``; two of them overwrite each other's files."""
+    names = VARIANTS_OF.get(module, (PACKAGE_OF.get(module, module),))
+    return tuple(name for name in names if package_version(name) is not None)
+
+
+def _library(module: str, used_for: str) -> Library:
+    variants = installed_variants(module)
+    package = variants[0] if variants else PACKAGE_OF.get(module, module)
+    version = package_version(package)
+    return Library(module, used_for, version, package, None if version else fix_command(module))

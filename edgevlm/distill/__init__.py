@@ -1,0 +1,1 @@
+"""Training: data, losses, and one loop that can be stopped and resumed anywhere."""

@@ -1,0 +1,63 @@
+"""Digits and capital letters as 5x7 bitmaps, so that printed text depends on no font library."""
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+GLYPH_WIDTH, GLYPH_HEIGHT = 5, 7
+
+_ROWS = {  # seven rows of each glyph from the top, five bits a row, the left pixel highest
+    "0": (14, 17, 19, 21, 25, 17, 14),
+    "1": (4, 12, 4, 4, 4, 4, 14),
+    "2": (14, 17, 1, 6, 8, 16, 31),
+    "3": (30, 1, 1, 14, 1, 1, 30),
+    "4": (2, 6, 10, 18, 31, 2, 2),
+    "5": (31, 16, 30, 1, 1, 17, 14),
+    "6": (6, 8, 16, 30, 17, 17, 14),
+    "7": (31, 1, 2, 4, 8, 8, 8),
+    "8": (14, 17, 17, 14, 17, 17, 14),
+    "9": (14, 17, 17, 15, 1, 2, 12),
+    "A": (14, 17, 17, 31, 17, 17, 17),
+    "B": (30, 17, 17, 30, 17, 17, 30),
+    "C": (14, 17, 16, 16, 16, 17, 14),
+    "D": (30, 17, 17, 17, 17, 17, 30),
+    "E": (31, 16, 16, 30, 16, 16, 31),
+    "F": (31, 16, 16, 30, 16, 16, 16),
+    "G": (14, 17, 16, 23, 17, 17, 15),
+    "H": (17, 17, 17, 31, 17, 17, 17),
+    "I": (14, 4, 4, 4, 4, 4, 14),
+    "J": (7, 2, 2, 2, 2, 18, 12),
+    "K": (17, 18, 20, 24, 20, 18, 17),
+    "L": (16, 16, 16, 16, 16, 16, 31),
+    "M": (17, 27, 21, 21, 17, 17, 17),
+    "N": (17, 25, 21, 19, 17, 17, 17),
+    "O": (14, 17, 17, 17, 17, 17, 14),
+    "P": (30, 17, 17, 30, 16, 16, 16),
+    "Q": (14, 17, 17, 17, 21, 18, 13),
+    "R": (30, 17, 17, 30, 20, 18, 17),
+    "S": (15, 16, 16, 14, 1, 1, 30),
+    "T": (31, 4, 4, 4, 4, 4, 4),
+    "U": (17, 17, 17, 17, 17, 17, 14),
+    "V": (17, 17, 17, 17, 17, 10, 4),
+    "W": (17, 17, 17, 21, 21, 27, 17),
+    "X": (17, 17, 10, 4, 10, 17, 17),
+    "Y": (17, 17, 10, 4, 4, 4, 4),
+    "Z": (31, 1, 2, 4, 8, 16, 31),
+}
+
+
+def text_width(text: str) -> int:
+    """Glyph pixels from the first to the last column: five a letter and one between letters."""
+    return len(text) * (GLYPH_WIDTH + 1) - 1
+
+
+@functools.cache
+def bitmap(text: str) -> NDArray[np.bool_]:
+    """``text`` as glyph pixels, [7, 6 · letters - 1], True where there is ink."""
+    columns = np.zeros((GLYPH_HEIGHT, text_width(text) + 1), bool)
+    for position, letter in enumerate(text):
+        for y, bits in enumerate(_ROWS[letter]):
+            for x in range(GLYPH_WIDTH):
+                columns[y, position * (GLYPH_WIDTH + 1) + x] = bits >> (GLYPH_WIDTH - 1 - x) & 1
+    return columns[:, :-1]

@@ -1,0 +1,1 @@
+"""The models as PyTorch modules: encoder, projector, decoder, and the checkpoints that fill them."""

@@ -1,0 +1,116 @@
+"""Weights on disk: config.json beside safetensors, nothing that could run code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgevlm.core.config import from_mapping, read_json, to_json
+from edgevlm.core.errors import InputError, IntegrityError, UnsupportedError
+from edgevlm.core.files import atomic_file, write_text
+from edgevlm.core.registry import Registry
+from edgevlm.models.vlm import Vlm
+from edgevlm.processing.processor import Processor
+from edgevlm.shapes.config import VlmConfig
+from edgevlm.shipped import find_weights
+
+WEIGHTS = "model.safetensors"
+PROCESSOR = "processor.json"
+
+FAMILIES: Registry[Callable[[Path], Checkpoint]] = Registry(
+    "model family", {"edgevlm": "edgevlm.models.checkpoint:load_native"}, group="edgevlm.families"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model with what it was trained to read: its image specification, tokenizer and chat template."""
+
+    model: Vlm
+    processor: Processor
+    name: str
+    family: str
+    folder: Path
+    suite: str = ""  # the evaluation suite that the model was trained for, if any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorFile:
+    """What ``processor.json`` of a native checkpoint holds."""
+
+    image: dict[str, Any]
+    prompt: dict[str, Any]
+    suite: str = ""
+
+
+def load_model(model: str | Path) -> Checkpoint:
+    """The model in a folder, or of a shipped name, in float32 and ready to answer.
+
+    Raises InputError when there is no such model, UnsupportedError for a family that nobody has written,
+    IntegrityError for damaged weights.
+    """
+    folder = find_weights(str(model))
+    family = read_json(folder / "config.json").get("model_type")
+    if not isinstance(family, str):
+        raise UnsupportedError(f"{folder / 'config.json'} names no model_type; known: {', '.join(FAMILIES)}")
+    return FAMILIES[family](folder)
+
+
+def load_native(folder: Path) -> Checkpoint:
+    """A model in EdgeVLM's own layout: the names of its modules are the names in the file."""
+    where = str(folder / "config.json")
+    model = Vlm(from_mapping(VlmConfig, read_json(folder / "config.json"), strict=False, where=where))
+    fill(model, read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
+    file = from_mapping(ProcessorFile, read_json(folder / PROCESSOR), strict=True, where=str(folder / PROCESSOR))
+    return Checkpoint(
+        model=model.eval(),
+        processor=Processor.from_folder(folder, file.image, file.prompt),
+        name=folder.resolve().name,
+        family="edgevlm",
+        folder=folder,
+        suite=file.suite,
+    )
+
+
+def save_native(model: Vlm, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Write config.json and the weights as ``dtype``."""
+    write_text(folder / "config.json", to_json(model.config))
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    with atomic_file(folder / WEIGHTS) as scratch:
+        save_file(tensors, scratch)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file.  Raises InputError when it is missing, IntegrityError when damaged."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: a model folder holds config.json and {WEIGHTS}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy ``tensors`` into ``module``; IntegrityError names what is missing, left over or of another shape."""
+    expected = module.state_dict()
+    complaints = [f"missing {name}" for name in expected if name not in tensors]
+    complaints += [f"unexpected {name}" for name in tensors if name not in expected]
+    complaints += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if complaints:
+        more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""
+        raise IntegrityError(f"{where} does not fit its config.json: {'; '.join(complaints[:5])}{more}")
+    module.load_state_dict(tensors)

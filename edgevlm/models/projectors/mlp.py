@@ -1,0 +1,67 @@
+"""Projectors: a token reducer, then Linear - GELU - Linear.
+
+Source: LLaVA-1.5, Liu et al. 2023, arXiv:2310.03744, section 3.2 (the MLP).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgevlm.core.errors import ConfigError
+from edgevlm.shapes.config import PoolConfig, UnshuffleConfig, VlmConfig
+
+
+def make_projector(config: VlmConfig) -> nn.Sequential:
+    """``(B, H·W, features)`` to ``(B, N, D)``."""
+    features, width, factor = config.vision.feature_size, config.decoder.hidden_size, config.projector.factor
+    reducer: nn.Module = nn.Identity()
+    if isinstance(config.projector, UnshuffleConfig):
+        reducer, features = SpaceToDepth(factor), features * factor**2
+    elif isinstance(config.projector, PoolConfig):
+        reducer = AveragePool(factor)
+    return nn.Sequential(reducer, nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+
+
+class SpaceToDepth(nn.Module):
+    """Trade tokens for channels: ``(B, N, D) -> (B, N / f², D · f²)``.
+
+    A permutation, so no value is lost.  ``N`` must be a square whose side ``f`` divides.
+
+    Source: Shi et al. 2016, arXiv:1609.05158 (there in the inverse direction).
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        f = self.factor
+        B, N, D = tokens.shape
+        side = grid_side(N, f)
+        grid = tokens.view(B, side // f, f, side // f, f, D)
+        return grid.permute(0, 1, 3, 2, 4, 5).reshape(B, N // f**2, D * f**2)
+
+
+class AveragePool(nn.Module):
+    """Average every ``f`` x ``f`` square of tokens: ``(B, N, D) -> (B, N / f², D)``."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        B, N, D = tokens.shape
+        side = grid_side(N, self.factor)
+        grid = tokens.transpose(1, 2).reshape(B, D, side, side)
+        return F.avg_pool2d(grid, self.factor).flatten(2).transpose(1, 2)
+
+
+def grid_side(num_tokens: int, factor: int) -> int:
+    """Side of the square that ``num_tokens`` fill; ConfigError when ``factor`` does not divide it."""
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens or side % factor:
+        raise ConfigError(f"{num_tokens} vision tokens are not a square grid divisible by {factor}")
+    return side

@@ -1,0 +1,111 @@
+"""Text to ids and back, from a ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from edgevlm.core.config import read_text
+from edgevlm.core.errors import ConfigError, InputError, IntegrityError
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A string that the tokenizer finds before anything else, and the blanks around it that it swallows."""
+
+    id: int
+    special: bool  # left out of decoded text
+    lstrip: bool
+    rstrip: bool
+
+
+class Tokenizer:
+    """A vocabulary with its rules.  What ``tokenizer.json`` says of truncation and padding is ignored."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        inner.no_truncation()  # a prompt that is too long must be noticed, not cut
+        inner.no_padding()
+        self._inner = inner
+        self.added_tokens: Mapping[str, AddedToken] = {
+            token.content: AddedToken(id, token.special, token.lstrip, token.rstrip)
+            for id, token in inner.get_added_tokens_decoder().items()
+        }
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer in ``folder``.  Raises IntegrityError when tokenizer.json is missing or damaged."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise IntegrityError(
+                f"{folder}: no tokenizer.json; expected the folder of a bundle or a checkpoint"
+            )
+        try:
+            return cls._parse(read_text(path))
+        except (InputError, ValueError) as error:
+            raise IntegrityError(f"{path}: not a tokenizer ({error}); copy the folder again") from error
+
+    @classmethod
+    def _parse(cls, text: str) -> Tokenizer:
+        """Raises ValueError: the library raises bare Exceptions, and a Rust panic is not even that."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError("the tokenizer library gave up on it") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; an embedding table may have more rows."""
+        return self._inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The ids of ``text``, in which added tokens such as ``<|im_end|>`` are read as themselves.
+
+        Nothing is put around the text unless ``add_special_tokens``: chat templates write that themselves.
+        Raises InputError for text that is not Unicode.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text holds half a character at position {error.start}; expected UTF-8"
+            ) from error
+        return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``: bytes that are no character yet as U+FFFD, ids past the vocabulary as nothing.
+
+        Raises InputError for an id that no vocabulary can hold.
+        """
+        try:
+            return self._inner.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise InputError(f"token ids are whole numbers from 0; found {min(ids)} to {max(ids)}") from error
+
+    def token_id(self, token: str) -> int:
+        """The id of ``token``.  Raises ConfigError when the vocabulary does not have it."""
+        id = self._inner.token_to_id(token)
+        if id is None:
+            raise ConfigError(f"the tokenizer has no token {token!r} among its {self.vocab_size:,}")
+        return id
+
+    def token(self, id: int) -> str | None:
+        """The vocabulary's own spelling of ``id`` (byte-level ones write a blank as ``Ġ``), if it has one."""
+        return self._inner.id_to_token(id)
+
+    def blind_to(self, tokens: Collection[str]) -> Tokenizer:
+        """The same tokenizer, for which the strings in ``tokens`` are ordinary text."""
+        rules = json.loads(self._inner.to_str())
+        for token in rules["added_tokens"]:
+            token["special"] = token["content"] in tokens
+        rules["post_processor"] = None
+        blind = tokenizers.Tokenizer.from_str(json.dumps(rules))
+        blind.encode_special_tokens = True
+        return Tokenizer(blind)

@@ -1,0 +1,1 @@
+"""Model configurations and what follows from them.  No weights, no PyTorch."""

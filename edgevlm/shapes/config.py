@@ -1,0 +1,174 @@
+"""What a model is made of, as frozen data.
+
+    VlmConfig
+    ├── vision     HybridConfig | VitConfig        picture  -> H·W features
+    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig   features -> N vision tokens of the decoder's width
+    └── decoder    DecoderConfig                   tokens   -> logits
+
+Fields that hubs know keep the hub's name.  ``type`` is the tag by which a file says which config it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgevlm.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A causal decoder of the Llama layout; Qwen2, Qwen3 and SmolLM2 are settings of it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    attention_bias: bool = False  # on query, key and value (Qwen2)
+    qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        check_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """A plain vision transformer with learned positions and no class token (SigLIP's layout)."""
+
+    type: Literal["vit"] = "vit"
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_positive(self, "image_size", "patch_size", "hidden_size", "intermediate_size")
+        check_positive(self, "num_hidden_layers", "num_attention_heads")
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the square of features that leaves the encoder."""
+        return self.image_size // self.patch_size
+
+    @property
+    def feature_size(self) -> int:
+        """Width of each of those features."""
+        return self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """A small convolutional encoder with attention in its last stage (FastViT's idea, arXiv:2303.14189).
+
+    The stem divides the picture by 4, each further stage by 2.
+    """
+
+    type: Literal["hybrid"] = "hybrid"
+    image_size: int
+    widths: tuple[int, ...] = (64, 128, 256)
+    depths: tuple[int, ...] = (2, 4, 4)
+    mlp_ratio: int = 3
+    kernel_size: int = 3  # of the depthwise convolutions
+    head_dim: int = 32
+    reparameterized: bool = False  # batch norms and residuals are folded into the convolutions already
+
+    def __post_init__(self) -> None:
+        check_positive(self, "image_size", "mlp_ratio", "head_dim")
+        if not self.widths or len(self.widths) != len(self.depths):
+            raise ConfigError(f"widths {self.widths} and depths {self.depths} must be of one length, at least 1")
+        if self.image_size % self.stride:
+            raise ConfigError(f"image_size {self.image_size} is not a multiple of the encoder's stride {self.stride}")
+        if self.widths[-1] % self.head_dim:
+            raise ConfigError(f"the last width, {self.widths[-1]}, does not divide by head_dim {self.head_dim}")
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size must be odd, got {self.kernel_size}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a feature stands for, along one side."""
+        return 4 * 2 ** (len(self.widths) - 1)
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the square of features that leaves the encoder."""
+        return self.image_size // self.stride
+
+    @property
+    def feature_size(self) -> int:
+        """Width of each of those features."""
+        return self.widths[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig:
+    """One vision token per feature: Linear, GELU, Linear (LLaVA-1.5)."""
+
+    type: Literal["mlp"] = "mlp"
+    factor: Literal[1] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnshuffleConfig:
+    """``factor`` x ``factor`` neighbours become one token of ``factor``² times the width, then the MLP."""
+
+    type: Literal["unshuffle"] = "unshuffle"
+    factor: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """``factor`` x ``factor`` neighbours are averaged into one token, then the MLP."""
+
+    type: Literal["pool"] = "pool"
+    factor: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlmConfig:
+    """A whole vision-language model."""
+
+    vision: HybridConfig | VitConfig
+    projector: MlpConfig | UnshuffleConfig | PoolConfig
+    decoder: DecoderConfig
+    model_type: str = "edgevlm"
+
+    def __post_init__(self) -> None:
+        if self.projector.factor < 1 or self.vision.grid_size % self.projector.factor:
+            raise ConfigError(
+                f"a grid of {self.vision.grid_size}x{self.vision.grid_size} features does not divide by "
+                f"the projector's factor {self.projector.factor}"
+            )
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """Rows that the decoder reads of one picture (N)."""
+        return (self.vision.grid_size // self.projector.factor) ** 2
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise ConfigError unless every named field is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}")

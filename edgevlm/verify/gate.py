@@ -1,0 +1,190 @@
+"""The gate: a bundle against its golden tensors, with no PyTorch in sight."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgevlm.bundle.golden import load_golden
+from edgevlm.bundle.read import read_bundle
+from edgevlm.core.errors import EdgeVLMError, ParityError
+from edgevlm.evaluation.scenes import GENERATOR_VERSION
+from edgevlm.runtimes.open import open_bundle
+from edgevlm.runtimes.session import Float, Ints
+from edgevlm.runtimes.vlm import RuntimeVlm
+from edgevlm.shipped import find_bundle
+from edgevlm.verify import golden
+from edgevlm.verify.stages import StageResult, compare, compare_ids, worst
+from edgevlm.verify.thresholds import Threshold, thresholds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """Exact-match accuracy of the bundle and of PyTorch on the same questions, and how many answers are equal."""
+
+    suite: str
+    num_questions: int
+    num_equal: int
+    accuracy: float
+    reference_accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was compared, with which result."""
+
+    bundle: str
+    precision: str
+    runtime: Mapping[str, Any]
+    stages: tuple[StageResult, ...]
+    task: TaskResult | None
+    passed: bool
+
+    @property
+    def broken(self) -> StageResult | None:
+        """The first stage that failed."""
+        return next((result for result in self.stages if not result.passed), None)
+
+    def require(self) -> Verification:
+        """Itself when it passed; ParityError naming the first broken stage and the likely cause when not."""
+        broken = self.broken
+        if broken is None:
+            return self
+        note = f" ({broken.note})" if broken.note else ""
+        raise ParityError(
+            f"{self.bundle}: stage {broken.stage} differs from PyTorch: largest difference {broken.max_abs:.3g}, "
+            f"allowed {broken.tolerance:.3g}{note}. Likely {broken.cause}"
+        )
+
+
+def verify_bundle(path: Path | str, *, runtime: str = "onnxruntime", check: bool = True) -> Verification:
+    """Compare a bundle (folder or shipped name) with its golden tensors.
+
+    Raises what opening raises; a difference is a result, not an exception: see ``Verification.require``.
+    """
+    root = find_bundle(str(path))
+    manifest = read_bundle(root, check=check).manifest
+    table = thresholds(manifest.part("decoder_model_merged").precision)
+    with open_bundle(root, runtime, check=False) as vlm:
+        by_case = [list(_stages(vlm, case, table)) for case in _cases(root)]
+        stages = [worst(results) for results in zip(*by_case, strict=True)]
+        task = _task(vlm, load_golden(root)[1]) if all(result.passed for result in stages) else None
+        if task:
+            stages.append(_task_stage(task))
+        return Verification(
+            bundle=manifest.name,
+            precision=manifest.part("decoder_model_merged").precision,
+            runtime=vlm.info,
+            stages=tuple(stages),
+            task=task,
+            passed=all(result.passed for result in stages),
+        )
+
+
+def golden_answers_match(vlm: RuntimeVlm) -> str | None:
+    """None when the model still gives its golden ids, else the complaint; a benchmark times only what is right.
+
+    A model that was not opened from a bundle has nothing to be compared with, and passes.
+    """
+    root = vlm.info.get("bundle")
+    if root is None:
+        return None
+    for number, case in enumerate(_cases(Path(root))):
+        result = compare_ids("greedy_ids", case.tensors["greedy_ids"], _greedy(vlm, case.tensors))
+        if not result.passed:
+            return f"golden case {number}: {result.note}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenCase:
+    """A recorded case: its picture's file, its prompt and every stage's tensors."""
+
+    picture: Path
+    prompt: str
+    tensors: golden.Tensors
+
+
+def _cases(root: Path) -> list[GoldenCase]:
+    tensors, meta = load_golden(root)
+    cases = []
+    for number, prompt in enumerate(meta["prompts"]):
+        prefix = f"{number}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        cases.append(GoldenCase(picture=golden.picture(root, number), prompt=prompt, tensors=own))
+    return cases
+
+
+def _stages(vlm: RuntimeVlm, case: GoldenCase, table: Mapping[str, Threshold]) -> Iterator[StageResult]:
+    """Every stage in the order of the data; all but the last read golden inputs, so a fault stays where it is."""
+    session, expected = vlm.session, case.tensors
+
+    def close(stage: str, found: Float) -> StageResult:
+        return compare(stage, expected[stage], found, table[stage].max_abs)
+
+    yield _pixels(vlm, case, table)
+    yield close("image_features", session.encode(expected["pixel_values"]))
+    yield compare_ids("input_ids", expected["input_ids"], golden.input_ids(vlm.processor, case.prompt))
+    yield close("inputs_embeds", session.embed(expected["input_ids"][None]))
+    given = expected["greedy_ids"][: len(expected["decode_logits"])].tolist()
+    prefill, decode = golden.decode_logits(session, expected["prompt_rows"], given)
+    yield close("prefill_logits", prefill)
+    yield close("decode_logits", decode)
+    yield compare_ids("greedy_ids", expected["greedy_ids"], _greedy(vlm, expected))
+
+
+def _pixels(vlm: RuntimeVlm, case: GoldenCase, table: Mapping[str, Threshold]) -> StageResult:
+    """Single values may round differently; the mean over the picture may not move."""
+    expected, found = case.tensors["pixel_values"], vlm.processor.pixels(case.picture)
+    result = compare("pixels", expected, found, table["pixels"].max_abs)
+    drift = float(np.abs(expected - found).mean()) if result.passed else 0.0
+    allowed = table["pixels_mean"].max_abs
+    if drift <= allowed:
+        return result
+    return replace(result, max_abs=drift, tolerance=allowed, passed=False, note="of the mean over all pixels")
+
+
+def _greedy(vlm: RuntimeVlm, expected: golden.Tensors) -> Ints:
+    """Greedy ids by the bundle's own parts from pixels on."""
+    session, ids = vlm.session, expected["input_ids"]
+    features = session.encode(expected["pixel_values"])
+    rows = golden.place(session.embed(ids[None]), features, vlm.processor.image_positions(ids))
+    return golden.continue_greedily(session, rows, len(expected["greedy_ids"]))[0]
+
+
+def _task(vlm: RuntimeVlm, meta: Mapping[str, Any]) -> TaskResult | None:
+    """The task score, where the model has a task; skipped, and said so, when the generator draws other pictures now."""
+    task = meta.get("task")
+    if not task:
+        return None
+    if task["generator_version"] != GENERATOR_VERSION:
+        logger.warning("task score skipped: the bundle was made with scene generator %s", task["generator_version"])
+        return None
+    suite = golden.task_suite(task["suite"])
+    answers = golden.task_answers(vlm, suite)
+    return TaskResult(
+        suite=task["suite"],
+        num_questions=len(answers),
+        num_equal=_num_equal(answers, task["answers"]),
+        accuracy=golden.accuracy(suite, answers),
+        reference_accuracy=task["accuracy"],
+    )
+
+
+def _num_equal(found: Sequence[str], expected: Sequence[str]) -> int:
+    if len(found) != len(expected):
+        raise EdgeVLMError(f"{len(found)} task answers, the golden ones are {len(expected)}: export the bundle again")
+    return sum(a == b for a, b in zip(found, expected, strict=True))
+
+
+def _task_stage(task: TaskResult) -> StageResult:
+    differ = task.num_questions - task.num_equal
+    note = f"{task.num_equal} of {task.num_questions} answers equal, exact match {task.accuracy:.3f}"
+    return StageResult(stage="task", max_abs=float(differ), tolerance=0.0, passed=not differ, note=note)

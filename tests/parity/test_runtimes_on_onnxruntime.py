@@ -1,0 +1,567 @@
+"""ONNX Runtime as a session: a two-layer decoder, written here, against the same decoder in NumPy.
+
+The tiny bundle of this file also opens as a model and answers on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Inner
+from typer.testing import CliRunner
+
+from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile, TensorSpec
+from edgevlm.bundle.read import Bundle
+from edgevlm.bundle.write import write_manifest, write_sums
+from edgevlm.cli.app import app
+from edgevlm.core.errors import (
+    ConfigError,
+    DoesNotFitError,
+    EdgeVLMError,
+    IntegrityError,
+    MissingLibraryError,
+    UnsupportedError,
+    UsageError,
+)
+from edgevlm.runtimes.on_onnxruntime import OnnxRuntimeSession, usable_cores
+from edgevlm.runtimes.open import open_bundle
+from edgevlm.runtimes.sampling import Sampling
+from edgevlm.runtimes.session import Float
+
+L, HEADS, K, SIZE, D, CONTEXT = 2, 4, 2, 16, 32, 96  # GroupQueryAttention rotates heads of 16, 32, … only
+SPECIAL = ["<image>", "<|user|>", "<|assistant|>", "<|end|>"]
+V = 256 + len(SPECIAL)
+N, SIDE = 4, 8
+TOLERANCE = 2e-5  # float32 through two layers of width 32, logits of order one
+
+KINDS = ("key", "value")
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def weights() -> dict[str, Float]:
+    """Random, but always the same."""
+    random = np.random.default_rng(0)
+    shapes = {"table": (V, D), "head": (D, V), "vision": (3 * SIDE * SIDE // N, D)}
+    for layer in range(L):
+        shapes |= {f"q{layer}": (D, HEADS * SIZE), f"k{layer}": (D, K * SIZE), f"v{layer}": (D, K * SIZE)}
+        shapes |= {f"o{layer}": (HEADS * SIZE, D)}
+    return {
+        name: random.normal(0, shape[0] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()
+    }
+
+
+WEIGHTS = weights()
+ANGLES = np.arange(CONTEXT)[:, None] / 10_000 ** (np.arange(0, SIZE, 2) / SIZE)
+
+
+def numpy_logits(embeds: Float) -> Float:
+    """Logits of the last of the rows [1, T, D], computed from nothing, in float64."""
+    T, rows = embeds.shape[1], embeds[0].astype(np.float64)
+    past = np.tril(np.ones((T, T), bool))
+    for layer in range(L):
+        query, key, value = (
+            (rows @ WEIGHTS[f"{kind}{layer}"]).reshape(T, -1, SIZE).transpose(1, 0, 2) for kind in "qkv"
+        )
+        query, key = rotate(query), rotate(key)
+        key, value = (array.repeat(HEADS // K, axis=0) for array in (key, value))
+        scores = np.where(past, query @ key.transpose(0, 2, 1) / SIZE**0.5, -np.inf)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = shares / shares.sum(-1, keepdims=True) @ value
+        rows = rows + mixed.transpose(1, 0, 2).reshape(T, -1) @ WEIGHTS[f"o{layer}"]
+    return np.asarray(rows[-1] @ WEIGHTS["head"], np.float32)
+
+
+def rotate(heads: NDArray[np.float64]) -> NDArray[np.float64]:
+    T = heads.shape[1]
+    cosine, sine = np.cos(ANGLES[:T]), np.sin(ANGLES[:T])
+    first, second = np.split(heads, 2, axis=-1)
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+# -- the bundle -----------------------------------------------------------------------------------------
+
+
+def save(
+    path: Path, nodes: list[onnx.NodeProto], inputs: list[TensorSpec], outputs: list[TensorSpec]
+) -> None:
+    """Write a graph, with those of ``WEIGHTS`` and ``CONSTANTS`` that its nodes name."""
+    used = {name for node in nodes for name in node.input}
+    constants = [numpy_helper.from_array(array, name) for name, array in CONSTANTS.items() if name in used]
+    graph = helper.make_graph(
+        nodes, path.stem, [info(x) for x in inputs], [info(x) for x in outputs], constants
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+CONSTANTS: dict[str, NDArray[np.generic]] = {
+    **WEIGHTS,
+    "cosine": np.cos(ANGLES).astype(np.float32),
+    "sine": np.sin(ANGLES).astype(np.float32),
+    "one": np.array([1], np.int64),
+    "second": np.array(1, np.int64),
+    "minus_one": np.array([-1], np.int64),
+    "far": np.array([2**31], np.int64),
+    "patches": np.array([-1, N, 3 * SIDE * SIDE // N], np.int64),
+}
+
+
+def info(spec: TensorSpec) -> onnx.ValueInfoProto:
+    kind = TensorProto.INT64 if spec.dtype == "int64" else TensorProto.FLOAT
+    return helper.make_tensor_value_info(spec.name, kind, spec.shape)
+
+
+def decoder_nodes() -> list[onnx.NodeProto]:
+    node = helper.make_node
+    nodes = [
+        node("ReduceSum", ["attention_mask", "one"], ["seen"], keepdims=0),
+        node("Sub", ["seen", "one"], ["last"]),
+        node("Cast", ["last"], ["seqlens_k"], to=TensorProto.INT32),
+        node("Shape", ["attention_mask"], ["shape"]),
+        node("Gather", ["shape", "second"], ["length"]),
+        node("Cast", ["length"], ["total_sequence_length"], to=TensorProto.INT32),
+    ]
+    rows = "inputs_embeds"
+    for i in range(L):
+        nodes += [node("MatMul", [rows, f"{kind}{i}"], [f"{kind}{i}.out"]) for kind in "qkv"]
+        packed = [f"{kind}{i}.out" for kind in "qkv"] + [f"past_key_values.{i}.{kind}" for kind in KINDS]
+        attention = node(
+            "GroupQueryAttention",
+            [*packed, "seqlens_k", "total_sequence_length", "cosine", "sine"],
+            [f"mixed{i}", *(f"present.{i}.{kind}" for kind in KINDS)],
+            domain="com.microsoft",
+            num_heads=HEADS,
+            kv_num_heads=K,
+            do_rotary=1,
+        )
+        nodes += [attention, node("MatMul", [f"mixed{i}", f"o{i}"], [f"out{i}"])]
+        nodes.append(node("Add", [rows, f"out{i}"], [f"rows{i}"]))
+        rows = f"rows{i}"
+    nodes.append(node("Slice", [rows, "minus_one", "far", "one"], ["last_row"]))
+    return [*nodes, node("MatMul", ["last_row", "head"], ["logits"])]
+
+
+def cache_specs(prefix: str, length: str) -> list[TensorSpec]:
+    names = [f"{prefix}.{layer}.{kind}" for layer in range(L) for kind in KINDS]
+    return [TensorSpec(name, "float32", ("B", K, length, SIZE)) for name in names]
+
+
+PIXELS = [TensorSpec("pixel_values", "float32", ("B", 3, SIDE, SIDE))]
+FEATURES = [TensorSpec("image_features", "float32", ("B", N, D))]
+IDS = [TensorSpec("input_ids", "int64", ("B", "T"))]
+EMBEDS = [TensorSpec("inputs_embeds", "float32", ("B", "T", D))]
+MASK = [TensorSpec("attention_mask", "int64", ("B", "past+T"))]
+GRAPHS = {
+    "vision_encoder": (
+        [
+            helper.make_node("Reshape", ["pixel_values", "patches"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "vision"], ["image_features"]),
+        ],
+        PIXELS,
+        FEATURES,
+    ),
+    "embed_tokens": ([helper.make_node("Gather", ["table", "input_ids"], ["inputs_embeds"])], IDS, EMBEDS),
+    "decoder_model_merged": (
+        decoder_nodes(),
+        EMBEDS + MASK + cache_specs("past_key_values", "past"),
+        [TensorSpec("logits", "float32", ("B", 1, V)), *cache_specs("present", "past+T")],
+    ),
+}
+
+
+def write_bundle(root: Path) -> Bundle:
+    """A whole bundle, as an export would write it."""
+    (root / "onnx").mkdir(parents=True)
+    parts = []
+    for name, (nodes, inputs, outputs) in GRAPHS.items():
+        save(root / f"onnx/{name}.onnx", nodes, inputs, outputs)
+        parts.append(
+            PartFile(
+                part=name,
+                target="onnx",
+                precision="fp32",
+                file=f"onnx/{name}.onnx",
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+            )
+        )
+    (root / "tokenizer.json").write_text(tokenizer().to_str(), encoding="utf-8")
+    (root / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    manifest = Manifest(
+        name="tiny",
+        family="test",
+        parts=tuple(parts),
+        image={"height": SIDE, "width": SIDE, "fit": "stretch"},
+        prompt={"image_token": "<image>", "num_vision_tokens": N, "stop_token_ids": [V - 1]},
+        num_vision_tokens=N,
+        decoder=DecoderShape(L, K, SIZE, D, V),
+        max_context=CONTEXT,
+    )
+    manifest = write_manifest(root, manifest)
+    write_sums(root)
+    return Bundle(root, manifest)
+
+
+def tokenizer() -> Inner:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Inner(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return inner
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture
+def session(bundle: Bundle) -> Iterator[OnnxRuntimeSession]:
+    opened = OnnxRuntimeSession(bundle, threads=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 7, 3), np.uint8)).save(path)
+    return path
+
+
+def random_rows(num_rows: int, seed: int = 0) -> Float:
+    return np.random.default_rng(seed).normal(0, 1, (1, num_rows, D)).astype(np.float32)
+
+
+def prefill_in_chunks(session: OnnxRuntimeSession, rows: Float, chunks: Sequence[int]) -> Float:
+    edges = np.cumsum(chunks)[:-1]
+    return [session.prefill(chunk) for chunk in np.split(rows, edges, axis=1)][-1]
+
+
+# -- the session ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [5, 15], [19, 1], [1, 19], [3, 4, 5, 8]], ids=str)
+def test_a_prefill_in_any_chunks_is_the_decoder_in_numpy(
+    session: OnnxRuntimeSession, chunks: list[int]
+) -> None:
+    rows = random_rows(20)
+    assert np.abs(prefill_in_chunks(session, rows, chunks) - numpy_logits(rows)).max() < TOLERANCE
+    assert session.position == 20
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 19])
+def test_after_a_rewind_the_forgotten_rows_have_no_effect(session: OnnxRuntimeSession, kept: int) -> None:
+    rows, other = random_rows(20), random_rows(30, seed=1)
+    session.prefill(np.concatenate([rows[:, :kept], other], axis=1))
+    session.rewind(kept)
+    assert np.abs(session.prefill(rows[:, kept:]) - numpy_logits(rows)).max() < TOLERANCE
+
+
+def test_decode_is_embed_and_prefill(session: OnnxRuntimeSession) -> None:
+    rows, tokens = random_rows(5), [7, 200, 7]
+    session.prefill(rows)
+    steps = [session.decode(token) for token in tokens]
+    for count, logits in enumerate(steps, start=1):
+        all_rows = np.concatenate([rows, WEIGHTS["table"][None, tokens[:count]]], axis=1)
+        assert np.abs(logits - numpy_logits(all_rows)).max() < TOLERANCE
+
+
+def test_the_shared_buffer_gives_what_separate_buffers_give(
+    session: OnnxRuntimeSession, bundle: Bundle
+) -> None:
+    import onnxruntime
+
+    graph = onnxruntime.InferenceSession(bundle.path("onnx/decoder_model_merged.onnx"))
+    past = [np.zeros((1, K, 0, SIZE), np.float32)] * (2 * L)
+    rows, seen = random_rows(12), 0
+    for chunk in np.split(rows, [7, 8], axis=1):
+        seen += chunk.shape[1]
+        names = [spec.name for spec in cache_specs("past_key_values", "")]
+        feeds = {"inputs_embeds": chunk, "attention_mask": np.ones((1, seen), np.int64)}
+        logits, *past = graph.run(None, feeds | dict(zip(names, past, strict=True)))
+        assert np.abs(session.prefill(chunk) - logits[0, 0]).max() < TOLERANCE
+
+
+def test_the_context_can_be_used_to_its_last_row(session: OnnxRuntimeSession) -> None:
+    rows = random_rows(CONTEXT)
+    session.prefill(rows[:, :-1])
+    assert np.abs(session.prefill(rows[:, -1:]) - numpy_logits(rows)).max() < TOLERANCE
+
+
+def test_rows_beyond_the_context_are_refused_before_the_engine_sees_them(session: OnnxRuntimeSession) -> None:
+    session.prefill(random_rows(CONTEXT - 1))
+    not_rows_of_this_decoder = np.zeros((1, 2, D + 1), np.float32)
+    with pytest.raises(DoesNotFitError, match="97 rows do not fit into the context of 96"):
+        session.prefill(not_rows_of_this_decoder)
+    session.decode(1)
+    with pytest.raises(DoesNotFitError):
+        session.decode(1)
+    assert session.position == CONTEXT
+
+
+def test_logits_of_several_steps_can_be_kept(session: OnnxRuntimeSession) -> None:
+    first = session.prefill(random_rows(3))
+    before = first.copy()
+    session.decode(1)
+    assert np.array_equal(first, before)
+
+
+def test_rows_that_are_not_contiguous_are_read_right(session: OnnxRuntimeSession) -> None:
+    rows = random_rows(10)
+    strided = np.repeat(rows, 2, axis=1)[:, ::2]
+    assert np.abs(session.prefill(strided) - numpy_logits(rows)).max() < TOLERANCE
+
+
+def test_embeds_and_features_belong_to_the_caller(session: OnnxRuntimeSession) -> None:
+    embeds = session.embed(np.array([[1, 2]]))
+    features = session.encode(np.ones((1, 3, SIDE, SIDE), np.float32))
+    embeds[0, 0] = features[0, 0]
+    assert np.array_equal(session.embed(np.array([[1, 2]]))[0], WEIGHTS["table"][[1, 2]])
+    assert features.shape == (1, N, D)
+
+
+@pytest.mark.parametrize("position", [-1, 4])
+def test_rewinding_to_rows_that_do_not_exist_is_refused(session: OnnxRuntimeSession, position: int) -> None:
+    session.prefill(random_rows(3))
+    with pytest.raises(UsageError, match="the kv cache holds 3"):
+        session.rewind(position)
+
+
+def test_an_empty_prefill_is_refused(session: OnnxRuntimeSession) -> None:
+    with pytest.raises(UsageError, match="at least one row"):
+        session.prefill(random_rows(0))
+
+
+def test_a_closed_session_says_so(session: OnnxRuntimeSession) -> None:
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        session.decode(1)
+
+
+def test_a_failure_of_the_engine_is_one_line_and_leaves_the_cache(session: OnnxRuntimeSession) -> None:
+    session.prefill(random_rows(3))
+    with pytest.raises(EdgeVLMError, match="decoder_model_merged: onnxruntime failed") as failed:
+        session.prefill(np.zeros((1, 2, D + 1), np.float32))
+    assert "\n" not in str(failed.value)
+    assert session.position == 3
+    session.decode(1)
+
+
+def test_the_session_says_what_it_runs_on(session: OnnxRuntimeSession) -> None:
+    assert session.info == {
+        "library": "onnxruntime",
+        "version": session.info["version"],
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_no_more_cores_are_used_than_there_are() -> None:
+    assert usable_cores() >= 1
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_threads_below_one_are_refused(bundle: Bundle, threads: int) -> None:
+    with pytest.raises(ConfigError, match="threads"):
+        OnnxRuntimeSession(bundle, threads=threads)
+
+
+# -- bundles that cannot be run -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", GRAPHS)
+@pytest.mark.parametrize(
+    "content", [b"", b"no graph at all", b"\x08\x0a" * 99], ids=["empty", "text", "noise"]
+)
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, part: str, content: bytes) -> None:
+    broken = write_bundle(tmp_path / "tiny")
+    broken.path(f"onnx/{part}.onnx").write_bytes(content)
+    with pytest.raises(IntegrityError, match=f"{part}.onnx: cannot be loaded"):
+        OnnxRuntimeSession(broken)
+
+
+def test_a_missing_graph_is_refused(tmp_path: Path) -> None:
+    broken = write_bundle(tmp_path / "tiny")
+    broken.path("onnx/embed_tokens.onnx").unlink()
+    with pytest.raises(IntegrityError):
+        OnnxRuntimeSession(broken)
+
+
+def test_an_operator_that_this_onnxruntime_lacks_is_named(tmp_path: Path) -> None:
+    broken = write_bundle(tmp_path / "tiny")
+    new = helper.make_node("OperatorOfTomorrow", ["input_ids"], ["inputs_embeds"], domain="com.microsoft")
+    save(broken.path("onnx/embed_tokens.onnx"), [new], IDS, EMBEDS)
+    with pytest.raises(UnsupportedError, match="OperatorOfTomorrow"):
+        OnnxRuntimeSession(broken)
+
+
+def test_a_cache_of_another_shape_than_promised_is_refused(bundle: Bundle) -> None:
+    shape = replace(bundle.manifest.decoder, num_key_value_heads=1)
+    broken = replace(bundle, manifest=replace(bundle.manifest, decoder=shape))
+    with pytest.raises(IntegrityError, match="1 heads of 16, the graph has 2 of 16"):
+        OnnxRuntimeSession(broken)
+
+
+def test_a_cache_larger_than_memory_does_not_fit(bundle: Bundle) -> None:
+    broken = replace(bundle, manifest=replace(bundle.manifest, max_context=10**13))
+    with pytest.raises(DoesNotFitError, match="not enough memory"):
+        OnnxRuntimeSession(broken)
+
+
+def test_without_onnxruntime_the_command_that_fixes_it_is_named(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingLibraryError, match="pip install onnxruntime"):
+        OnnxRuntimeSession(bundle)
+
+
+# -- the whole model ------------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_numpy(bundle: Bundle, picture: Path) -> None:
+    with open_bundle(bundle.root) as vlm:
+        answer = vlm.ask(picture, "What is this?", max_tokens=12)
+        ids = vlm.processor.input_ids(
+            [{"role": "user", "content": [{"type": "image"}, text("What is this?")]}]
+        )
+        rows = WEIGHTS["table"][ids]
+        pixels = vlm.processor.pixels(picture)
+        rows[vlm.processor.image_positions(ids)] = pixels.reshape(N, -1) @ WEIGHTS["vision"]
+    expected: list[int] = []
+    while len(expected) < 12 and (token := int(numpy_logits(rows[None]).argmax())) != V - 1:
+        expected.append(token)
+        rows = np.concatenate([rows, WEIGHTS["table"][[token]]])
+    assert answer.token_ids == tuple(expected)
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def test_a_conversation_that_reuses_the_cache_says_the_same(bundle: Bundle, picture: Path) -> None:
+    with open_bundle(bundle.root) as reusing, open_bundle(bundle.root) as computing:
+        chats = [reusing.chat(), computing.chat()]
+        for prompt, image in (("one", picture), ("two", None), ("three", None)):
+            computing.ask(None, "in between")
+            first, second = (chat.say(prompt, image, max_tokens=6).read() for chat in chats)
+            assert first.token_ids == second.token_ids
+            assert first.num_cached_tokens > second.num_cached_tokens or prompt == "one"
+
+
+def test_equal_seeds_give_equal_answers(bundle: Bundle, picture: Path) -> None:
+    options = Sampling(temperature=1.0, top_p=0.9, seed=5)
+    with open_bundle(bundle.root) as vlm:
+        answers = {vlm.ask(picture, "Hello", max_tokens=8, sampling=options).token_ids for _ in range(3)}
+    assert len(answers) == 1
+
+
+def test_the_model_says_what_it_runs_on(bundle: Bundle) -> None:
+    with open_bundle(bundle.root, threads=1) as vlm:
+        assert vlm.name == "tiny"
+        assert vlm.max_context == CONTEXT
+        assert (vlm.info["runtime"], vlm.info["threads"]) == ("onnxruntime", 1)
+        assert len(vlm.info["bundle_sha256"]) == 64
+
+
+def test_an_unknown_runtime_is_named_with_the_known_ones(bundle: Bundle) -> None:
+    with pytest.raises(UnsupportedError, match="no runtime named 'onnx-runtime'.*Did you mean 'onnxruntime'"):
+        open_bundle(bundle.root, "onnx-runtime")
+
+
+def test_a_flipped_byte_is_noticed_before_anything_is_loaded(tmp_path: Path) -> None:
+    broken = write_bundle(tmp_path / "tiny")
+    file = broken.path("onnx/embed_tokens.onnx")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(IntegrityError, match="embed_tokens.onnx"):
+        open_bundle(broken.root)
+
+
+# -- the command line -----------------------------------------------------------------------------------
+
+
+def run(bundle: Bundle, *arguments: str, lines: str | None = None) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["run", str(bundle.root), *arguments], input=lines)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_run_prints_the_answer_and_nothing_else(bundle: Bundle, picture: Path) -> None:
+    code, out, _ = run(bundle, "--image", str(picture), "--prompt", "Hello", "--max-tokens", "5")
+    with open_bundle(bundle.root) as vlm:
+        expected = vlm.ask(picture, "Hello", max_tokens=5).text
+    assert (code, out) == (0, expected + "\n")
+
+
+def test_run_with_json_prints_one_object(bundle: Bundle, picture: Path) -> None:
+    code, out, _ = run(bundle, "--image", str(picture), "--prompt", "Hello", "--max-tokens", "5", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert (len(answer["token_ids"]), answer["finish_reason"]) == (5, "length")
+    assert answer["timings"]["ttft_user_ms"] > 0
+
+
+def test_run_with_json_needs_a_prompt(bundle: Bundle) -> None:
+    code, out, err = run(bundle, "--json")
+    assert (code, out) == (2, "")
+    assert "--json needs --prompt" in err
+
+
+def test_run_verbosely_tells_the_times_on_stderr(bundle: Bundle) -> None:
+    code, _, err = run(bundle, "--prompt", "Hello", "--max-tokens", "5", "-v")
+    assert code == 0
+    assert "first text after" in err
+
+
+def test_a_chat_reads_questions_from_a_pipe(bundle: Bundle, picture: Path) -> None:
+    lines = f"/image {picture}\nHello\n\n/reset\nHello\n/quit\nnever asked\n"
+    code, out, _ = run(bundle, "--max-tokens", "5", lines=lines)
+    with open_bundle(bundle.root) as vlm:
+        expected = [vlm.ask(image, "Hello", max_tokens=5).text for image in (picture, None)]
+    assert (code, out) == (0, "".join(f"{text}\n" for text in expected))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [("/image nowhere.png\n", "no file at nowhere.png"), ("/sing\n", "no command /sing")],
+)
+def test_a_mistake_in_a_piped_chat_ends_it_with_a_code(bundle: Bundle, lines: str, message: str) -> None:
+    code, _, err = run(bundle, lines=lines)
+    assert code == 2
+    assert message in err
+
+
+def test_run_refuses_an_empty_prompt(bundle: Bundle) -> None:
+    code, out, err = run(bundle, "--prompt", "")
+    assert (code, out) == (2, "")
+    assert "the prompt is empty" in err
+
+
+def test_run_refuses_a_prompt_longer_than_the_context(bundle: Bundle) -> None:
+    code, out, err = run(bundle, "--prompt", "a" * 200)
+    assert (code, out) == (5, "")
+    assert "the context of tiny holds 96" in err
+
+
+def test_run_refuses_an_unknown_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "nothing"), "--prompt", "Hello"])
+    assert result.exit_code == 2
