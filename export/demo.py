@@ -17,12 +17,13 @@ import edgevlm
 from edgevlm.bench.record import write_measurement
 from edgevlm.bench.report import QuestionAnswer, write_report
 from edgevlm.core.config import read_json
+from edgevlm.core.errors import EdgeVLMError
 from edgevlm.core.files import write_text
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shipped import DEMO_IMAGE
 from edgevlm.verify import golden_answers_match, verify_bundle
 
-QUESTIONS = ("How many objects are there?", "What color is the cup?", "Describe the picture.")
+QUESTIONS = ("How many objects are there?", "What does the sign say?", "Describe the picture.")
 
 
 def main(folder: Path) -> None:
@@ -53,7 +54,7 @@ def export_once(folder: Path) -> Path:
     if bundle.is_dir() and note.is_file() and note.read_text() == fingerprint():
         print("nothing has changed since the last export; delete the folder to export again")
         return bundle
-    edgevlm.export_bundle("nano", target="onnx", out=bundle, overwrite=True)
+    edgevlm.export_bundle("nano", target="onnx", out=bundle, overwrite=True, report=working_on)
     write_text(note, fingerprint())
     return bundle
 
@@ -85,16 +86,29 @@ def ask(vlm: RuntimeVlm) -> list[QuestionAnswer]:
     return answers
 
 
+def working_on(part: str) -> None:
+    """A line of progress."""
+    print(f"  {part}", flush=True)
+
+
 def step(title: str) -> None:
     """A heading, on its own before anything that takes time."""
     print(f"\n{title}", flush=True)
 
 
+def in_turn(folder: Path) -> None:
+    """The demo, after any other one that is at work in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        main(folder)
+
+
 if __name__ == "__main__":
     started = time.monotonic()
-    chosen = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").absolute()
-    chosen.mkdir(parents=True, exist_ok=True)
-    with open(chosen / ".lock", "w") as lock:  # a second demo in the same folder waits for the first
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        main(chosen)
+    try:
+        in_turn(Path(sys.argv[1] if len(sys.argv) > 1 else "demo").absolute())
+    except EdgeVLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(f"\ndone in {time.monotonic() - started:.0f} s")

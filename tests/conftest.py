@@ -44,3 +44,57 @@ def test_data() -> Path:
     if not folder:
         pytest.skip(f"{DATA_VARIABLE} is not set: it names a folder with public data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native checkpoint of random weights, 0.2 M parameters, in train form: the smallest model with every part."""
+    import torch
+
+    from edgevlm.core.config import to_json
+    from edgevlm.distill.recipe import Optimization, SceneData, TrainRecipe
+    from edgevlm.distill.trainer import processor_file, texts_of
+    from edgevlm.distill.vocabulary import save_tokenizer, train_tokenizer
+    from edgevlm.evaluation.scenes import make_scene
+    from edgevlm.models.checkpoint import save_native
+    from edgevlm.models.vlm import Vlm
+    from edgevlm.shapes.config import DecoderConfig, HybridConfig, UnshuffleConfig, VlmConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = VlmConfig(
+        vision=HybridConfig(image_size=32, widths=(16, 32), depths=(1, 1)),
+        projector=UnshuffleConfig(factor=2),
+        decoder=DecoderConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=128,
+        ),
+    )
+    model = Vlm(config)
+    model.initialize(0)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_tokenizer(train_tokenizer((t for i in range(50) for t in texts_of(make_scene(1, i))), 512), folder)
+    recipe = TrainRecipe(
+        name="tiny",
+        model=config,
+        data=SceneData(num_scenes=1),
+        optimization=Optimization(steps=1, warmup_steps=0, decay_steps=0),
+    )
+    (folder / "processor.json").write_text(to_json(processor_file(recipe, folder)))
+    save_native(model, folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, exported.  Copy it before you damage it."""
+    from edgevlm.export.pipeline import export_bundle
+
+    return export_bundle(tiny_checkpoint, out=tmp_path_factory.mktemp("bundles") / "tiny.bundle")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 from edgevlm.bench import machine
 from edgevlm.bench.measurement import Measurement
@@ -83,7 +84,7 @@ def _must_agree(run: Measurement) -> dict[str, object]:
     return {
         "the device": machine.name_of(run.conditions.device),
         "the regime": run.workload.regime,
-        "the prompt": repr(run.workload.prompt),
+        "the prompt": repr(shorten(run.workload.prompt, 50, placeholder=" ...")),
         "where the images came from": run.workload.images,
         "the number of prompt tokens": run.repetitions[0].num_prompt_tokens,
         "the number of vision tokens": run.repetitions[0].num_vision_tokens,

@@ -61,9 +61,7 @@ def versions() -> dict[str, str]:
 
 def clocks_mhz(folder: Path = CLOCKS) -> tuple[float, ...]:
     """The clock of every processor now; empty where the system does not say."""
-    files = sorted(
-        folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"), key=lambda file: int(file.parts[-3][3:])
-    )
+    files = sorted(folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"), key=lambda file: int(file.parts[-3][3:]))
     try:
         return tuple(int(file.read_text(encoding="ascii")) / 1000 for file in files)
     except (OSError, ValueError):
@@ -90,9 +88,7 @@ def name_of(device: Mapping[str, Any]) -> str:
 
 def _busy_and_total_s() -> tuple[float, float]:
     times = psutil.cpu_times()
-    total = (
-        float(sum(times)) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-    )  # already in user
+    total = float(sum(times)) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # already in user
     return total - times.idle - getattr(times, "iowait", 0.0), total
 
 

@@ -27,12 +27,11 @@ from edgevlm.bundle.read import read_bundle
 from edgevlm.core.errors import BenchmarkError, UsageError
 from edgevlm.processing.images import ImageSource
 from edgevlm.runtimes.vlm import RuntimeVlm
+from edgevlm.verify import golden_answers_match
 
 KV_CACHE_BYTES_PER_NUMBER = 4  # float32, the only kind of cache that a runtime here keeps
 
-Check = Callable[
-    [RuntimeVlm], "str | None"
-]  # the complaint about a wrong golden answer, None when it is right
+Check = Callable[[RuntimeVlm], "str | None"]  # the complaint about a wrong golden answer, None when it is right
 
 
 def measure(
@@ -50,7 +49,8 @@ def measure(
 
     Without ``image`` the pictures come from the scene generator, in the model's own size.  Given images are
     asked about in turn with the image cache off, so that the vision encoder works every time.  ``check``
-    looks at a golden answer first; ``on_repetition`` is called after every timed repetition.
+    looks at golden answers first; without it those of the bundle, if ``vlm`` came from one.  ``command`` is
+    recorded; ``on_repetition`` is called after every timed repetition.
 
     Raises BenchmarkError when the golden answer is wrong or a picture came from the cache, InputError for an
     image or a prompt that cannot be used.
@@ -60,7 +60,7 @@ def measure(
     images = _as_sequence(image)
     work = _workload(vlm, images, PROMPT if prompt is None else prompt, repetitions, max_tokens)
     pictures = given_pictures(images) if images else scene_pictures(_native_size(vlm))
-    started, golden = datetime.now(timezone.utc), _check_golden(vlm, check)
+    started, golden = datetime.now(timezone.utc), _check_golden(vlm, check or _check_of(vlm))
     warm = warm_up(lambda: ask_once(vlm, work, next(pictures)))
     clocks_before = machine.clocks_mhz()
     with machine.watch_other_load() as load:
@@ -81,9 +81,7 @@ def measure(
         clocks_mhz_after=clocks_after,
         other_load=load.share,
     )
-    return Measurement(
-        workload=work, warm_up=warm, memory=_memory(vlm, peak), conditions=conditions, repetitions=timed
-    )
+    return Measurement(workload=work, warm_up=warm, memory=_memory(vlm, peak), conditions=conditions, repetitions=timed)
 
 
 def _as_sequence(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
@@ -115,14 +113,16 @@ def _native_size(vlm: RuntimeVlm) -> int:
     return max(vlm.processor.image_spec.height, vlm.processor.image_spec.width)
 
 
+def _check_of(vlm: RuntimeVlm) -> Check | None:
+    return golden_answers_match if vlm.info.get("bundle") else None
+
+
 def _check_golden(vlm: RuntimeVlm, check: Check | None) -> str:
     if check is None:
         return "not checked"
     complaint = check(vlm)
     if complaint is not None:
-        raise BenchmarkError(
-            f"{vlm.name} does not give its golden answer, so its speed means nothing: {complaint}"
-        )
+        raise BenchmarkError(f"{vlm.name} does not give its golden answer, so its speed means nothing: {complaint}")
     return "matched"
 
 

@@ -106,9 +106,7 @@ class Measurement:
             "tpot_ms": [one.tpot_ms for one in self.repetitions if one.tpot_ms is not None],
             "end_to_end_ms": [one.end_to_end_ms for one in self.repetitions],
         }
-        columns |= {
-            f"stage.{stage}_ms": [one.stages_ms[stage] for one in self.repetitions] for stage in self.stages()
-        }
+        columns |= {f"stage.{stage}_ms": [one.stages_ms[stage] for one in self.repetitions] for stage in self.stages()}
         return {name: tuple(values) for name, values in columns.items() if values}
 
     def summaries(self) -> dict[str, Summary]:

@@ -13,16 +13,12 @@ NUMBER = re.compile(r"[-+\d.,e ]*")  # an interval or a dash as well
 def tile(what: str, value: str, unit: str, how: str) -> Markup:
     """One large value, what it is and how sure it is."""
     big = element("div", value, element("small", unit) if unit else None, class_="big")
-    return element(
-        "div", element("div", what, class_="what"), big, element("div", how, class_="how"), class_="tile"
-    )
+    return element("div", element("div", what, class_="what"), big, element("div", how, class_="how"), class_="tile")
 
 
 def card(title: str, about: str, *content: object) -> Markup:
     """A titled section with one sentence about it."""
-    return element(
-        "section", element("h2", title), element("p", about, class_="sub"), *content, class_="card"
-    )
+    return element("section", element("h2", title), element("p", about, class_="sub"), *content, class_="card")
 
 
 def pill(text: str, good: bool) -> Markup:
@@ -53,9 +49,7 @@ def fact_table(facts: Sequence[tuple[str, object]]) -> Markup:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     """Numbers stand right, words left; scrolls sideways where the screen is narrow."""
     sides = [_side([row[i] for row in rows]) for i in range(len(header))]
-    head = element(
-        "tr", *(element("th", name, class_=side) for name, side in zip(header, sides, strict=True))
-    )
+    head = element("tr", *(element("th", name, class_=side) for name, side in zip(header, sides, strict=True)))
     body = [
         element("tr", *(element("td", cell, class_=side) for cell, side in zip(row, sides, strict=True)))
         for row in rows

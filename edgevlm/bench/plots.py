@@ -42,9 +42,7 @@ class Axis:
 def nice_step(width: float) -> float:
     """The round number (1, 2, 2.5 or 5 times a power of ten) next above ``width``."""
     power = 10.0 ** math.floor(math.log10(width))
-    return next(
-        (factor * power for factor in (1.0, 2.0, 2.5, 5.0) if factor * power >= width * 0.999), 10.0 * power
-    )
+    return next((factor * power for factor in (1.0, 2.0, 2.5, 5.0) if factor * power >= width * 0.999), 10.0 * power)
 
 
 def axis_for(values: Sequence[float], *, from_zero: bool = False) -> Axis:
@@ -176,9 +174,7 @@ def _row_text(y: float, name: str, value: str) -> Markup:
 
 def _gap_line(across: Axis, down: Axis, color: int, points: Sequence[tuple[float, float, float]]) -> Markup:
     places = [across.at(i + 2) for i in range(len(points))]
-    line = " ".join(
-        f"{x:.3f},{down.at(median):.2f}" for x, (_, median, _) in zip(places, points, strict=True)
-    )
+    line = " ".join(f"{x:.3f},{down.at(median):.2f}" for x, (_, median, _) in zip(places, points, strict=True))
     upper = [f"{x:.3f},{down.at(high):.2f}" for x, (_, _, high) in zip(places, points, strict=True)]
     lower = [f"{x:.3f},{down.at(low):.2f}" for x, (low, _, _) in zip(places, points, strict=True)]
     around = " ".join([*upper, *reversed(lower)])
@@ -194,9 +190,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def _vertical_grid(axis: Axis, height: float, unit: str) -> Markup:
     ticks = [tick for tick in axis.ticks(4) if 6 <= axis.at(tick) <= 94 or tick == 0]
     rules = [
-        element(
-            "line", x1=_percent(axis.at(tick)), x2=_percent(axis.at(tick)), y1=0, y2=height, class_="grid"
-        )
+        element("line", x1=_percent(axis.at(tick)), x2=_percent(axis.at(tick)), y1=0, y2=height, class_="grid")
         for tick in ticks
     ]
     texts = [f"{tick:g} {unit}" if tick == ticks[-1] else f"{tick:g}" for tick in ticks]

@@ -100,9 +100,7 @@ def _header(path: Path, line: Mapping[str, Any]) -> Header:
         raise InputError(f"{where}: expected the header of a run written by `edgevlm bench --save`")
     schema = line.get("schema")
     if schema != SCHEMA_VERSION:
-        raise InputError(
-            f"{where}: schema {schema!r} is not known (expected {SCHEMA_VERSION}); upgrade EdgeVLM"
-        )
+        raise InputError(f"{where}: schema {schema!r} is not known (expected {SCHEMA_VERSION}); upgrade EdgeVLM")
     return _read(Header, line, where)
 
 

@@ -89,29 +89,20 @@ def _answer(one: QuestionAnswer) -> Markup:
 
 
 def parity(verify: Mapping[str, Any]) -> Markup:
-    """What ``verify.json`` holds, whatever that is: single values, groups of them, and tables."""
+    """What ``verify.json`` holds, whatever that is: values as facts, lists of rows as tables."""
     about = "What was compared with the PyTorch model, and how far apart the two are."
-    groups = [_group(name, value) for name, value in verify.items() if isinstance(value, (list, Mapping))]
-    return card("The same model", about, _facts(verify), *groups)
+    tables = {name: value for name, value in verify.items() if isinstance(value, list)}
+    facts = [
+        (words(name), _one_line(value) if isinstance(value, Mapping) else cell(value))
+        for name, value in verify.items()
+        if name not in tables
+    ]
+    shown = [_row_table(value) for value in tables.values() if _is_rows(value)]
+    return card("The same model", about, fact_table(facts), *shown)
 
 
-def _group(name: str, value: Sequence[Any] | Mapping[str, Any]) -> Markup | None:
-    rows = _rows(value)
-    if rows:
-        return join(element("h3", words(name)), _row_table(rows))
-    return join(element("h3", words(name)), _facts(value)) if isinstance(value, Mapping) and value else None
-
-
-def _facts(values: Mapping[str, Any]) -> Markup:
-    single = [(name, value) for name, value in values.items() if not isinstance(value, (list, Mapping))]
-    return fact_table([(words(name), cell(value)) for name, value in single])
-
-
-def _rows(value: Sequence[Any] | Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A list of mappings, or a mapping of them with its keys as first column; empty for anything else."""
-    if not all(isinstance(one, Mapping) for one in (value.values() if isinstance(value, Mapping) else value)):
-        return []
-    return [{"": name, **one} for name, one in value.items()] if isinstance(value, Mapping) else list(value)
+def _is_rows(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def _row_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
@@ -123,7 +114,7 @@ def _row_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
 def _is_plain(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Whether a column holds single values, and at least one of them."""
     values = [row.get(name) for row in rows]
-    found = any(value not in (None, "") for value in values)
+    found = any(_is_known(value) for value in values)
     return found and not any(isinstance(value, (list, Mapping)) for value in values)
 
 
@@ -195,10 +186,7 @@ def _key(i: int, name: str) -> Markup:
 
 def _by_position(run: Measurement) -> list[list[float]]:
     longest = max(len(one.token_gaps_ms) for one in run.repetitions)
-    return [
-        [one.token_gaps_ms[i] for one in run.repetitions if i < len(one.token_gaps_ms)]
-        for i in range(longest)
-    ]
+    return [[one.token_gaps_ms[i] for one in run.repetitions if i < len(one.token_gaps_ms)] for i in range(longest)]
 
 
 def figures(name: str, run: Measurement) -> Markup:
@@ -235,12 +223,12 @@ def conditions(name: str, run: Measurement) -> Markup:
 
 
 def _one_line(values: Mapping[str, Any]) -> str:
-    return " · ".join(
-        f"{words(key)} {_value(value)}" for key, value in values.items() if value not in (None, "")
-    )
+    return " · ".join(f"{words(key)} {_value(value)}" for key, value in values.items() if value not in (None, ""))
 
 
 def _value(value: object) -> str:
-    return (
-        ", ".join(f"{key}: {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
-    )
+    return ", ".join(f"{key}: {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
+
+
+def _is_known(value: object) -> bool:
+    return value is not None and value != ""

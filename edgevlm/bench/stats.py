@@ -12,9 +12,7 @@ from edgevlm.core.errors import InputError
 
 P95_NEEDS = 20
 P99_NEEDS = 100
-INTERVAL_NEEDS = (
-    6  # the whole range of n values covers the median with 1 - 2^(1-n): 94 % for five, 97 % for six
-)
+INTERVAL_NEEDS = 6  # the whole range of n values covers the median with 1 - 2^(1-n): 94 % for five, 97 % for six
 RESAMPLES = 2000
 MOST_PICKS = 1_000_000
 

@@ -63,9 +63,7 @@ def memory_line(measurement: Measurement) -> str:
     memory = measurement.memory
     parts = {"weights": memory.weights_bytes, "cache": memory.cache_bytes}
     inside = ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items() if size is not None)
-    return f"peak memory ({memory.kind}) {mebibytes(memory.peak_bytes)}" + (
-        f", of which {inside}" if inside else ""
-    )
+    return f"peak memory ({memory.kind}) {mebibytes(memory.peak_bytes)}" + (f", of which {inside}" if inside else "")
 
 
 def to_markdown(measurement: Measurement) -> str:
@@ -85,9 +83,7 @@ def to_markdown(measurement: Measurement) -> str:
     table = grid(("figure", "median", "95 % interval", "p95", "p99", "max", "n"), rows)
     rate = measurement.summaries().get("tpot_ms")
     lines = [headline(measurement), "", *table, ""]
-    lines += (
-        [f"{1000 / rate.median:.1f} tokens per second after the first"] if rate and rate.median > 0 else []
-    )
+    lines += [f"{1000 / rate.median:.1f} tokens per second after the first"] if rate and rate.median > 0 else []
     lines += [memory_line(measurement), *(f"note: {note}" for note in measurement.notes())]
     return "\n".join(lines)
 
@@ -133,12 +129,9 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
     def line(cells: Sequence[str]) -> str:
         first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         )
         return "| " + " | ".join((first, *rest)) + " |"
 
-    rule = (
-        "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    )
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return [line(header), rule, *map(line, rows)]

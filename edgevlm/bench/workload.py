@@ -95,7 +95,11 @@ def is_settled(times: Sequence[float]) -> bool:
 def ask_once(vlm: RuntimeVlm, work: Workload, picture: Picture) -> Repetition:
     """One question, timed by the clock of the runtime."""
     answer = vlm.ask(
-        picture.source, work.prompt, max_tokens=work.num_new_tokens, use_image_cache=work.image_cache
+        picture.source,
+        work.prompt,
+        max_tokens=work.num_new_tokens,
+        use_image_cache=work.image_cache,
+        ignore_eos=True,  # every repetition is as long as the others
     )
     return repetition(picture.name, answer)
 

@@ -45,9 +45,7 @@ def load_golden(root: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     tensors_file, meta_file = inside(root, TENSORS_FILE), inside(root, META_FILE)
     for file in (tensors_file, meta_file):
         if not file.is_file():
-            raise IntegrityError(
-                f"{root}: {file.relative_to(root)} is missing, so it cannot be verified: export again"
-            )
+            raise IntegrityError(f"{root}: {file.relative_to(root)} is missing, so it cannot be verified: export again")
     try:
         return dict(load_file(tensors_file)), read_json(meta_file)
     except (SafetensorError, InputError, KeyError, ValueError, TypeError) as error:

@@ -80,11 +80,7 @@ def _load(file: Path) -> dict[str, list[Any]]:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return (
-        {key: entry for key, entry in entries.items() if _is_entry(entry)}
-        if isinstance(entries, dict)
-        else {}
-    )
+    return {key: entry for key, entry in entries.items() if _is_entry(entry)} if isinstance(entries, dict) else {}
 
 
 def _is_entry(entry: object) -> bool:

@@ -27,9 +27,7 @@ class TensorSpec:
         if not self.name or not self.dtype:
             raise ConfigError("a tensor needs a name and a dtype")
         if any((size <= 0) if isinstance(size, int) else not size for size in self.shape):
-            raise ConfigError(
-                f"tensor {self.name}: a dimension is a positive number or a name, found {self.shape}"
-            )
+            raise ConfigError(f"tensor {self.name}: a dimension is a positive number or a name, found {self.shape}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +119,9 @@ class Manifest:
                 return part
         if same:
             found = ", ".join(part.precision for part in same)
-            raise UnsupportedError(
-                f"{self.name}: {name} for {target} has no precision {precision!r}; it has {found}"
-            )
+            raise UnsupportedError(f"{self.name}: {name} for {target} has no precision {precision!r}; it has {found}")
         targets = ", ".join(sorted({part.target for part in self.parts if part.part == name}))
-        raise UnsupportedError(
-            f"{self.name}: {name} was not exported for {target!r}; the bundle holds {targets}"
-        )
+        raise UnsupportedError(f"{self.name}: {name} was not exported for {target!r}; the bundle holds {targets}")
 
     def targets(self) -> tuple[str, ...]:
         """Every target that some part was exported for, in the order of the manifest."""
@@ -156,9 +150,7 @@ def parse_manifest(values: Mapping[str, Any], *, where: str) -> Manifest:
     """
     schema = values.get("schema")
     if type(schema) is not int or schema < 1:
-        raise IntegrityError(
-            f"{where}: not the manifest of a bundle (schema is {schema!r}, expected a number)"
-        )
+        raise IntegrityError(f"{where}: not the manifest of a bundle (schema is {schema!r}, expected a number)")
     if schema > SCHEMA_VERSION:
         raise IntegrityError(
             f"{where}: written by a newer EdgeVLM (schema {schema}, this one reads {SCHEMA_VERSION}): upgrade"

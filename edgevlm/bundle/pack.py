@@ -29,9 +29,7 @@ def pack(bundle_dir: Path | str, file: Path | str, *, overwrite: bool = False) -
     if bundle.root in file.resolve().parents:
         raise UsageError(f"{file} lies inside the bundle: choose another folder")
     with atomic_file(file) as scratch, tarfile.open(scratch, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name, path in sorted(
-            plain_files(bundle.root), key=lambda item: (item[0] != MANIFEST_FILE, item[0])
-        ):
+        for name, path in sorted(plain_files(bundle.root), key=lambda item: (item[0] != MANIFEST_FILE, item[0])):
             with path.open("rb") as stream:
                 archive.addfile(_member(check_name(name), path), stream)
     return file
@@ -90,9 +88,7 @@ def _checked_members(file: Path, archive: tarfile.TarFile) -> dict[str, tarfile.
         _check_kind(file, member)
         left -= member.size
         if member.size < 0 or left < 0:
-            raise IntegrityError(
-                f"{file}: {member.name!r} claims {member.size:,} bytes, more than the whole file"
-            )
+            raise IntegrityError(f"{file}: {member.name!r} claims {member.size:,} bytes, more than the whole file")
         name = check_name(member.name.removeprefix("./"))
         if (key := same_file_key(name)) in seen:
             raise IntegrityError(f"{file}: {name!r} stands there twice")
@@ -108,17 +104,13 @@ def _checked_members(file: Path, archive: tarfile.TarFile) -> dict[str, tarfile.
 
 def _check_kind(file: Path, member: tarfile.TarInfo) -> None:
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        raise IntegrityError(
-            f"{file}: {member.name!r} is a link or a special file; a bundle holds plain files only"
-        )
+        raise IntegrityError(f"{file}: {member.name!r} is a link or a special file; a bundle holds plain files only")
 
 
 def _check_room(scratch: Path, needed: int) -> None:
     free = shutil.disk_usage(scratch).free
     if needed > free:
-        raise DoesNotFitError(
-            f"{scratch.parent}: the bundle needs {needed:,} bytes, the disk has {free:,} left"
-        )
+        raise DoesNotFitError(f"{scratch.parent}: the bundle needs {needed:,} bytes, the disk has {free:,} left")
 
 
 def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:

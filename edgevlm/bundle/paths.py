@@ -25,9 +25,7 @@ def check_name(name: str) -> str:
     if any(character in name for character in "\\:") or any(ord(character) < 32 for character in name):
         raise IntegrityError(f"{name!r} is not a plain file name: no backslash, colon or control character")
     if any(part in ("", ".", "..") or part != part.strip() or part.endswith(".") for part in name.split("/")):
-        raise IntegrityError(
-            f"{name!r} may leave the bundle's folder: expected a relative path such as onnx/a.onnx"
-        )
+        raise IntegrityError(f"{name!r} may leave the bundle's folder: expected a relative path such as onnx/a.onnx")
     return name
 
 

@@ -99,9 +99,7 @@ def _folder(path: Path) -> Path:
     if (path / MANIFEST_FILE).is_file():
         return Path(os.path.realpath(path))
     if (path / "config.json").is_file():
-        raise InputError(
-            f"{path} looks like a checkpoint, not a bundle: run `edgevlm export {path} OUT` first"
-        )
+        raise InputError(f"{path} looks like a checkpoint, not a bundle: run `edgevlm export {path} OUT` first")
     raise InputError(f"{path} is not a bundle: it holds no {MANIFEST_FILE}")
 
 
@@ -136,9 +134,7 @@ def _check_hashes(root: Path, sums: dict[str, str]) -> None:
         for name, expected in sums.items():
             logger.debug("checking %s", name)
             if cache.sha256(inside(root, name)) != expected:
-                raise IntegrityError(
-                    f"{root}: {name} was changed or damaged (its SHA-256 differs): copy it again"
-                )
+                raise IntegrityError(f"{root}: {name} was changed or damaged (its SHA-256 differs): copy it again")
     finally:
         cache.save()
 
@@ -161,6 +157,4 @@ def _small_text(file: Path) -> str:
 
 def _check_small(file: Path) -> None:
     if file.stat().st_size > MAX_TEXT_BYTES:
-        raise IntegrityError(
-            f"{file}: {file.stat().st_size:,} bytes is no manifest (at most {MAX_TEXT_BYTES:,})"
-        )
+        raise IntegrityError(f"{file}: {file.stat().st_size:,} bytes is no manifest (at most {MAX_TEXT_BYTES:,})")

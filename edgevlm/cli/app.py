@@ -33,41 +33,32 @@ CLOSED_PIPE = 141  # what a shell shows for a program whose reader went away
 
 
 class Verb(NamedTuple):
-    """One verb: its module defines ``command``, a function or (where it has verbs itself) a typer app."""
+    """One verb; its module defines ``command``, a function or (where it has verbs itself) a typer app."""
 
     name: str
-    module: str
     section: str
     help: str
 
+    @property
+    def module(self) -> str:
+        """Where the verb is written; imported when it is used."""
+        return f"edgevlm.cli.{self.name}"
 
+
+MACHINE, WORKSHOP, DEVICE, RESULTS = "This machine", "Workshop (PyTorch)", "Device", "Results"
 VERBS = (
-    Verb(
-        "doctor",
-        "edgevlm.cli.doctor",
-        "This machine",
-        "Show this machine, and how to install what is missing.",
-    ),
-    Verb(
-        "targets",
-        "edgevlm.cli.targets",
-        "This machine",
-        "List export targets and runtimes, and what each needs.",
-    ),
-    Verb(
-        "version", "edgevlm.cli.version", "This machine", "Show the versions of EdgeVLM and what it runs on."
-    ),
-    Verb("train", "edgevlm.cli.train", "Workshop (PyTorch)", "Train a model from a recipe."),
-    Verb("export", "edgevlm.cli.export", "Workshop (PyTorch)", "Turn a model into a verified bundle."),
-    Verb(
-        "verify", "edgevlm.cli.verify", "Device", "Check that a bundle still is the model it was made from."
-    ),
-    Verb("run", "edgevlm.cli.run", "Device", "Ask a bundle about an image, once or in a chat."),
-    Verb("eval", "edgevlm.cli.eval", "Device", "Score a bundle on exact-answer questions."),
-    Verb("bench", "edgevlm.cli.bench", "Device", "Measure how fast a bundle answers here."),
-    Verb("report", "edgevlm.cli.report", "Results", "Draw measurements as one HTML file."),
-    Verb("compare", "edgevlm.cli.compare", "Results", "Compare two measurements."),
-    Verb("bundle", "edgevlm.cli.bundle", "Results", "Show a bundle; pack it into one file and back."),
+    Verb("doctor", MACHINE, "Show this machine, and how to install what is missing."),
+    Verb("targets", MACHINE, "List export targets and runtimes, and what each needs."),
+    Verb("version", MACHINE, "Show the versions of EdgeVLM and what it runs on."),
+    Verb("train", WORKSHOP, "Train a model from a recipe."),
+    Verb("export", WORKSHOP, "Turn a model into a verified bundle."),
+    Verb("verify", DEVICE, "Check that a bundle still is the model it was made from."),
+    Verb("run", DEVICE, "Ask a bundle about an image, once or in a chat."),
+    Verb("eval", DEVICE, "Score a bundle on exact-answer questions."),
+    Verb("bench", DEVICE, "Measure how fast a bundle answers here."),
+    Verb("report", RESULTS, "Draw measurements as one HTML file."),
+    Verb("compare", RESULTS, "Compare two measurements."),
+    Verb("bundle", RESULTS, "Show a bundle; pack it into one file and back."),
 )
 BY_NAME = {verb.name: verb for verb in VERBS}
 
@@ -143,9 +134,7 @@ app = typer.Typer(
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only: no progress, no notes.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="More detail on stderr, tracebacks with errors.")
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr, tracebacks with errors.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -175,9 +164,7 @@ def main() -> None:
             signal.signal(getattr(signal, name), _leave)
     for stream in (sys.stdout, sys.stderr):
         if callable(reconfigure := getattr(stream, "reconfigure", None)):
-            reconfigure(
-                errors="backslashreplace"
-            )  # an answer that the terminal cannot show is no reason to fail
+            reconfigure(errors="backslashreplace")  # what the terminal cannot show is no reason to fail
     app()
 
 
@@ -229,19 +216,14 @@ def tell(error: Exception) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    if callable(
-        usage := getattr(error, "format_message", None)
-    ):  # typer's own: an unknown option, a missing argument
+    if callable(usage := getattr(error, "format_message", None)):  # typer's own, such as an unknown option
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
         return f"{usage()}{hint}", int(getattr(error, "exit_code", UsageError.exit_code))
     if isinstance(error, EdgeVLMError):
         return str(error), error.exit_code
     if isinstance(error, MemoryError):
-        return (
-            "out of memory: close other programs, or use a smaller model or context",
-            DoesNotFitError.exit_code,
-        )
+        return "out of memory: close other programs or take a smaller model", DoesNotFitError.exit_code
     if is_disk_full(error):
         return f"{getattr(error, 'filename', None) or 'output'}: {DISK_FULL}", DoesNotFitError.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "edgevlm").startswith("edgevlm"):
@@ -253,9 +235,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _print_error(line: str) -> None:
     """One line, whatever stood in the message: a file name may hold line breaks or terminal commands."""
-    text = "".join(
-        letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(line.split())
-    )
+    words = " ".join(line.split())
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
     with suppress(OSError, ValueError):  # nobody listens
         typer.echo(text, err=True)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,9 +24,7 @@ def command(
         list[Path] | None,
         typer.Option("--image", help="Ask about this file (repeatable); default: generated scenes."),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Ask this instead of the standard question.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this instead of the standard question.")] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option("--prompt-tokens", "-p", help="Lengthen the prompt to this many tokens.")
     ] = None,
@@ -34,9 +33,7 @@ def command(
     output: Annotated[str, typer.Option("--output", "-o", help="md, csv, json or jsonl.")] = "md",
     runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Cores to compute with.")] = None,
-    save: Annotated[
-        Path | None, typer.Option("--save", help="Write the raw run to this .jsonl file.")
-    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the raw run to this .jsonl file.")] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the bundle's hashes.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -58,9 +55,7 @@ def command(
         write_measurement(save, measurement)
 
 
-def _measure(
-    vlm: RuntimeVlm, images: list[Path], prompt: str | None, repetitions: int, max_tokens: int
-) -> Measurement:
+def _measure(vlm: RuntimeVlm, images: list[Path], prompt: str | None, repetitions: int, max_tokens: int) -> Measurement:
     from edgevlm.bench.measure import measure
 
     with progress("warm-up, then repetitions", repetitions) as advance:
@@ -70,16 +65,9 @@ def _measure(
             prompt=prompt,
             repetitions=repetitions,
             max_tokens=max_tokens,
-            check=golden_check(),
+            command=shlex.join(["edgevlm", *sys.argv[1:]]),
             on_repetition=lambda: advance(1),
         )
-
-
-def golden_check() -> Callable[[RuntimeVlm], str | None]:
-    """What decides whether a benchmark counts; imported late, like everything heavy."""
-    from edgevlm.verify import golden_answers_match
-
-    return golden_answers_match
 
 
 def _question(vlm: RuntimeVlm, prompt: str | None, prompt_tokens: int | None) -> str | None:

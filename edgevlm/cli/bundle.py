@@ -46,16 +46,12 @@ def unpack_command(
 @command.command("show")
 def show_command(
     bundle: Annotated[str, typer.Argument(help="Folder that `edgevlm export` wrote, or a shipped name.")],
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")
-    ] = True,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     json: Json = False,
 ) -> None:
     """Show what BUNDLE holds, after checking it."""
     opened = read_bundle(_place(bundle), check=check)
-    _answer(
-        {"bundle": opened.root, "checked": check, "manifest": opened.manifest}, _summary(opened, check), json
-    )
+    _answer({"bundle": opened.root, "checked": check, "manifest": opened.manifest}, _summary(opened, check), json)
 
 
 def _place(bundle: str) -> Path:

@@ -30,9 +30,7 @@ def command(json: Json = False) -> None:
 def diagnose() -> Diagnosis:
     """Look at this machine.  Nothing heavy is imported and nothing is changed."""
     hardware, found = probe(), libraries()
-    return Diagnosis(
-        hardware=hardware, libraries=found, advice=advice(hardware, installed_variants("onnxruntime"))
-    )
+    return Diagnosis(hardware=hardware, libraries=found, advice=advice(hardware, installed_variants("onnxruntime")))
 
 
 def advice(hardware: Hardware, onnxruntimes: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,9 +38,7 @@ def advice(hardware: Hardware, onnxruntimes: tuple[str, ...]) -> tuple[str, ...]
     lines = []
     if len(onnxruntimes) > 1:
         names = " ".join(onnxruntimes)
-        lines.append(
-            f"{names} overwrite each other: pip uninstall -y {names} && pip install {onnxruntimes[-1]}"
-        )
+        lines.append(f"{names} overwrite each other: pip uninstall -y {names} && pip install {onnxruntimes[-1]}")
     if not onnxruntimes:
         lines.append("no bundle can run without ONNX Runtime: pip install onnxruntime")
     if _has_nvidia_card(hardware) and onnxruntimes == ("onnxruntime",):
@@ -50,9 +46,7 @@ def advice(hardware: Hardware, onnxruntimes: tuple[str, ...]) -> tuple[str, ...]
         lines.append(f"ONNX Runtime is the CPU build, though there is an NVIDIA GPU: {swap}")
     if hardware.cpu.usable_cores < hardware.cpu.logical_cores:
         cores = f"{hardware.cpu.usable_cores:g} of {hardware.cpu.logical_cores}"
-        lines.append(
-            f"affinity or the container's quota leaves {cores} cores: more threads than that only wait"
-        )
+        lines.append(f"affinity or the container's quota leaves {cores} cores: more threads than that only wait")
     return tuple(lines)
 
 

@@ -18,7 +18,8 @@ def command(
     suite: Annotated[str, typer.Option("--suite", help="Questions to ask.")] = "scenes",
     num_scenes: Annotated[int, typer.Option("--num-scenes", min=2, help="Pictures to ask about.")] = 200,
     controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Ask again with shuffled and with blank pictures.")
+        bool,
+        typer.Option("--controls/--no-controls", help="Ask again with shuffled and with blank pictures."),
     ] = True,
     runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")] = None,

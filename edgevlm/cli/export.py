@@ -15,9 +15,12 @@ def command(
     out: Annotated[Path | None, typer.Argument(help="Bundle folder to write.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The same, as an option.")] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="See `edgevlm targets`.")] = "onnx",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is whole.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is whole.")
+    ] = False,
     half_storage: Annotated[
-        bool, typer.Option("--half-storage", help="Store weights that float16 holds exactly in half the bytes.")
+        bool,
+        typer.Option("--half-storage", help="Store weights that float16 holds exactly in half the bytes."),
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that failed the gate as OUT.failed.")] = False,
     as_json: console.Json = False,
@@ -30,14 +33,22 @@ def command(
 
     with console.steps(f"export {model}", STEPS) as begin:
         bundle = export_bundle(
-            model, target=target, out=folder, overwrite=overwrite, half_storage=half_storage, keep=keep, report=begin
+            model,
+            target=target,
+            out=folder,
+            overwrite=overwrite,
+            half_storage=half_storage,
+            keep=keep,
+            report=begin,
         )
     if as_json:
         console.print_json({"bundle": str(bundle), "verify": read_json(bundle / "verify.json")})
         return
     manifest = read_bundle(bundle, check=False).manifest
     num_bytes = sum(manifest.file_bytes.values())
-    typer.echo(f"{bundle}: {manifest.name} for {target}, {len(manifest.parts)} parts, {num_bytes / 1e6:.1f} MB, verified")
+    typer.echo(
+        f"{bundle}: {manifest.name} for {target}, {len(manifest.parts)} parts, {num_bytes / 1e6:.1f} MB, verified"
+    )
     typer.echo(f"next: edgevlm run {bundle} --image PICTURE --prompt QUESTION")
 
 

@@ -14,9 +14,7 @@ from edgevlm.core.errors import UsageError
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Files from `edgevlm bench --save`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
-    verify: Annotated[
-        Path | None, typer.Option("--verify", help="Show this verify.json of a bundle as well.")
-    ] = None,
+    verify: Annotated[Path | None, typer.Option("--verify", help="Show this verify.json of a bundle as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one HTML file about RUNS, with plots inside; it needs no network."""

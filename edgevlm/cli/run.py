@@ -25,9 +25,7 @@ HELP = "/image PATH adds a picture to the next question, /reset forgets all, /qu
 def command(
     bundle: Annotated[str, typer.Argument(help="Folder that `edgevlm export` wrote, or a shipped name.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The question; a chat without.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question; a chat without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 from all.")] = 0,
@@ -37,9 +35,7 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     runtime: Annotated[str, typer.Option(help="What computes; see `edgevlm targets`.")] = "onnxruntime",
     threads: Annotated[int | None, typer.Option(help="Cores to use; default: all physical.")] = None,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")
-    ] = True,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     json: Json = False,
 ) -> None:
     """Ask BUNDLE about an image, once with --prompt, else in a chat."""
@@ -139,6 +135,8 @@ def read_lines() -> Iterator[str]:
         try:
             line = input("> ") if sys.stdin.isatty() else next(sys.stdin)
         except (EOFError, StopIteration):
+            if sys.stdin.isatty():
+                typer.echo()
             return
         except KeyboardInterrupt:
             if not sys.stdin.isatty():

@@ -40,9 +40,7 @@ def from_mapping(kind: type[C], values: Mapping[str, Any], *, strict: bool, wher
         _refuse_unknown(values, list(fields), where)
     hints = get_type_hints(kind, include_extras=False)
     arguments = {
-        name: _convert(hints[name], values[name], strict, f"{where}: {name}")
-        for name in fields
-        if name in values
+        name: _convert(hints[name], values[name], strict, f"{where}: {name}") for name in fields if name in values
     }
     missing = [name for name, field in fields.items() if name not in arguments and _is_required(field)]
     if missing:
@@ -198,10 +196,11 @@ def _convert_mapping(arguments: tuple[Any, ...], value: Any, strict: bool, where
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a table; found {_shown(value)}")
     key_hint, item_hint = arguments
-    return {
-        _convert(key_hint, key, strict, f"{where}: key"): _convert(item_hint, item, strict, f"{where}: {key}")
-        for key, item in value.items()
-    }
+    converted = {}
+    for key, item in value.items():
+        place = f"{where}: {key if str(key).isprintable() else repr(key)}"
+        converted[_convert(key_hint, key, strict, place)] = _convert(item_hint, item, strict, place)
+    return converted
 
 
 def _check(hint: type[Any], value: Any, where: str) -> Any:

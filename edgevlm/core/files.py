@@ -61,9 +61,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with translate_disk_errors(str(path)):
         if path.exists() and not path.is_file():
-            raise UsageError(
-                f"{path} is {'a folder' if path.is_dir() else 'not a plain file'}: choose another name"
-            )
+            raise UsageError(f"{path} is {'a folder' if path.is_dir() else 'not a plain file'}: choose another name")
         _make_folder(path.parent)
         scratch = _sibling(path, f".{secrets.token_hex(4)}.partial{path.suffix[:20]}")
         try:
@@ -106,22 +104,16 @@ def _refuse_to_replace(path: Path, overwrite: bool, marker: str | None) -> None:
         raise UsageError(f"{path} exists already: choose another name or pass --overwrite")
     here, home = Path(os.path.realpath(os.curdir)), Path(os.path.realpath(os.path.expanduser("~")))
     if path in (here, *here.parents, home, *home.parents):
-        raise UsageError(
-            f"{path} holds the current or the home folder and is never replaced: choose another name"
-        )
+        raise UsageError(f"{path} holds the current or the home folder and is never replaced: choose another name")
     if marker and not (path / marker).is_file():
-        raise UsageError(
-            f"{path} holds no {marker}, so it is not replaced: choose another name or remove it yourself"
-        )
+        raise UsageError(f"{path} holds no {marker}, so it is not replaced: choose another name or remove it yourself")
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(
-            f"{folder} cannot be a folder, because part of it is a file: choose another name"
-        ) from error
+        raise UsageError(f"{folder} cannot be a folder, because part of it is a file: choose another name") from error
 
 
 def _sibling(path: Path, ending: str) -> Path:

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-Tool = Callable[
-    [Sequence[str]], "str | None"
-]  # a command line -> its standard output, None where it is absent
+Tool = Callable[[Sequence[str]], "str | None"]  # a command line -> its standard output, None where it is absent
 
 X86_FEATURES = (
     *("avx", "avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -200,9 +198,7 @@ def _cpu_model(blocks: list[dict[str, str]]) -> str:
         return named
     cores = [_arm_core(block) for block in blocks if "CPU part" in block]
     counts = {core: cores.count(core) for core in cores}
-    return (
-        " + ".join(f"{count}x {core}" for core, count in counts.items()) or platform.processor() or "unknown"
-    )
+    return " + ".join(f"{count}x {core}" for core, count in counts.items()) or platform.processor() or "unknown"
 
 
 def _arm_core(block: dict[str, str]) -> str:
@@ -224,9 +220,7 @@ def _cpu_features(blocks: list[dict[str, str]]) -> tuple[str, ...]:
 
 def _physical_cores(root: Path, blocks: list[dict[str, str]]) -> int:
     """Cores without counting hyper-threads twice; 0 where neither sysfs nor /proc/cpuinfo tells."""
-    siblings = {
-        _text(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list")
-    }
+    siblings = {_text(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list")}
     if siblings - {""}:
         return len(siblings - {""})
     return len({(block.get("physical id"), block["core id"]) for block in blocks if "core id" in block})
@@ -267,9 +261,7 @@ def _cpu_quota(root: Path) -> float | None:
             _text(folder / "cpu.cfs_quota_us"),
             _text(folder / "cpu.cfs_period_us"),
         ]
-        if len(words) == 2 and all(
-            word.isdigit() and int(word) for word in words
-        ):  # "max" and -1 mean no quota
+        if len(words) == 2 and all(word.isdigit() and int(word) for word in words):  # "max" and -1 mean no quota
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
@@ -343,9 +335,7 @@ def _nvidia_proc(root: Path) -> list[Gpu]:
     version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(root / "proc/driver/nvidia/version"))
     driver = version[1] if version else None
     cards = sorted(root.glob("proc/driver/nvidia/gpus/*/information"))
-    return [
-        Gpu(name=_field(_text(card), "Model") or "unknown", vendor="NVIDIA", driver=driver) for card in cards
-    ]
+    return [Gpu(name=_field(_text(card), "Model") or "unknown", vendor="NVIDIA", driver=driver) for card in cards]
 
 
 def _drm_gpus(root: Path) -> list[Gpu]:
@@ -407,9 +397,7 @@ def _probe_mac(tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
         usable_cores=float(logical),
     )
     memory = Memory(total_bytes=_number(setting("hw.memsize")), available_bytes=_mac_available(tool))
-    gpus = (
-        (Gpu(name=f"{model} GPU", vendor="Apple", shared_memory=True),) if model.startswith("Apple") else ()
-    )
+    gpus = (Gpu(name=f"{model} GPU", vendor="Apple", shared_memory=True),) if model.startswith("Apple") else ()
     return cpu, memory, gpus
 
 
@@ -420,9 +408,7 @@ def _sysctl(tool: Tool, name: str) -> str:
 def _mac_available(tool: Tool) -> int | None:
     text = tool(["vm_stat"]) or ""
     size = re.search(r"page size of (\d+) bytes", text)
-    pages = [
-        _number(_field(text, f"Pages {kind}").rstrip(".")) for kind in ("free", "inactive", "speculative")
-    ]
+    pages = [_number(_field(text, f"Pages {kind}").rstrip(".")) for kind in ("free", "inactive", "speculative")]
     return int(size[1]) * sum(page or 0 for page in pages) if size else None
 
 

@@ -24,9 +24,7 @@ PACKAGE_OF = {  # where the name to import is not the name to install
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
 }
-VARIANTS_OF = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
-}
+VARIANTS_OF = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")}
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,7 @@ class Registry(Mapping[str, T], Generic[T]):
         except (ImportError, AttributeError) as error:
             if name in self._references:
                 raise
-            raise UnsupportedError(
-                f"{self.kind} {name!r} of another package does not load: {error}"
-            ) from error
+            raise UnsupportedError(f"{self.kind} {name!r} of another package does not load: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*self._references, *self._external()}))

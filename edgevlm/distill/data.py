@@ -2,9 +2,10 @@
 
     <|user|> <|image|>·N | question <|assistant|> answer <|end|> | question <|assistant|> answer <|end|> | …
 
-Every block sees the prefix and itself, at the positions it would have alone, so a picture is encoded once for all its
-questions and the decoder learns what it will be asked at run time.  In a *chained* sequence the blocks follow each
-other as the turns of one conversation.  Everything follows from (seed, step, rank), so a resumed run sees the same.
+Every block sees the prefix and itself, at the positions it would have alone, so a picture is encoded once
+for all its questions and the decoder learns what it will be asked at run time.  In a *chained* sequence the
+blocks follow each other as the turns of one conversation.  Everything follows from (seed, step, rank), so a
+resumed run sees the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from torch import Tensor
 
 from edgevlm.core.files import atomic_file
 from edgevlm.distill.vocabulary import ASSISTANT, END, IMAGE, USER
-from edgevlm.evaluation.scenes import GENERATOR_VERSION, Question, Scene, caption, make_scene, questions, render
+from edgevlm.evaluation.scenes import (
+    GENERATOR_VERSION,
+    Question,
+    Scene,
+    caption,
+    make_scene,
+    questions,
+    render,
+)
+from edgevlm.evaluation.scenes.asking import CAPTION_KIND, CAPTION_PROMPT
 
 Encode = Callable[[str], list[int]]
 IGNORED = -100
@@ -91,12 +101,16 @@ def shuffled_with_caption(scene: Scene, generator: np.random.Generator, *, capti
     """The scene's questions in a new order, now and then with a request to describe it."""
     asked = list(questions(scene))
     if generator.random() < captioned:
-        asked.append(Question(kind="caption", prompt="Describe the picture.", answer=caption(scene)))
+        asked.append(Question(kind=CAPTION_KIND, prompt=CAPTION_PROMPT, answer=caption(scene)))
     return [asked[index] for index in generator.permutation(len(asked))]
 
 
 def normalized(
-    pictures: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float], *, contrast: Tensor | None = None
+    pictures: NDArray[np.uint8],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    contrast: Tensor | None = None,
 ) -> Tensor:
     """Pictures (B, S, S, 3) as pixel values (B, 3, S, S); ``contrast`` (B, 2) holds a factor and an offset."""
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
@@ -110,13 +124,12 @@ def rendered(num_scenes: int, seed: int, size: int, folder: Path, *, workers: in
     """All pictures (num_scenes, size, size, 3), memory-mapped; drawn once, then kept in ``folder``."""
     path = folder / f"scenes-v{GENERATOR_VERSION}-{seed}-{num_scenes}-{size}.npy"
     if not path.exists():
-        with atomic_file(path) as scratch, get_context("spawn").Pool(workers) as pool:
-            with scratch.open("wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (num_scenes, size, size, 3)}
-                np.lib.format.write_array_header_1_0(file, header)
-                jobs = ((seed, index, size) for index in range(num_scenes))
-                for picture in pool.imap(_draw, jobs, chunksize=64):
-                    file.write(picture)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (num_scenes, size, size, 3)}
+        jobs = ((seed, index, size) for index in range(num_scenes))
+        with atomic_file(path) as scratch, scratch.open("wb") as file, get_context("spawn").Pool(workers) as pool:
+            np.lib.format.write_array_header_1_0(file, header)
+            for picture in pool.imap(_draw, jobs, chunksize=64):
+                file.write(picture)
     return np.load(path, mmap_mode="r")
 
 

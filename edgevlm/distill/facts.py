@@ -1,7 +1,7 @@
 """What is where: a second task for the encoder, from which it learns to see long before it learns to answer.
 
-Each cell of the encoder's grid says whether an object's centre lies in it, and if so its shape, color, texture, size
-and what is printed on it.  The head is thrown away after training.
+Each cell of the encoder's grid says whether an object's centre lies in it, and if so its shape, color,
+texture, size and what is printed on it.  The head is thrown away after training.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class FactsHead(nn.Module):
 
 def labels(scenes: Sequence[Scene], grid: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scene number, grid cell and facts of every object."""
-    rows = [
-        (number, _cell(item, grid), *_facts(item)) for number, scene in enumerate(scenes) for item in scene.objects
-    ]
+    rows = [(number, _cell(item, grid), *_facts(item)) for number, scene in enumerate(scenes) for item in scene.objects]
     table = torch.tensor(rows)
     return table[:, 0], table[:, 1], table[:, 2:]
 

@@ -1,7 +1,8 @@
 """One training loop: on one process or, under torchrun, on several that share every step.
 
-A run lives in a folder: ``checkpoint.safetensors`` (weights and both AdamW moments), ``state.json`` (the step),
-``log.jsonl``, and the tokenizer.  Data follow from the step alone, so a resumed run continues as if never stopped.
+A run lives in a folder: ``checkpoint.safetensors`` (weights and both AdamW moments), ``state.json`` (the
+step), ``log.jsonl``, and the tokenizer.  Data follow from the step alone, so a resumed run continues as if
+never stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from edgevlm.distill import data
 from edgevlm.distill.facts import FactsHead
 from edgevlm.distill.recipe import TrainRecipe
 from edgevlm.distill.vocabulary import END, IMAGE, save_tokenizer, train_tokenizer
-from edgevlm.evaluation.scenes import make_scene, questions
+from edgevlm.evaluation.scenes import Scene, caption, make_scene, questions
+from edgevlm.evaluation.scenes.asking import CAPTION_PROMPT
 from edgevlm.models.checkpoint import ProcessorFile, save_native
 from edgevlm.models.vision.hybrid import reparameterize
 from edgevlm.models.vlm import Vlm
@@ -84,10 +86,18 @@ def publish(model: Vlm, recipe: TrainRecipe, folder: Path) -> None:
 def processor_file(recipe: TrainRecipe, folder: Path) -> ProcessorFile:
     """What the model was trained to read: pictures padded to a square, and the run's own tokenizer."""
     size = recipe.model.vision.image_size
-    stop = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(END)
-    image = ImageSpec(height=size, width=size, fit="pad", filter="bicubic", mean=recipe.mean, std=recipe.std, pad_color=PAD_COLOR)
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    image = ImageSpec(
+        height=size,
+        width=size,
+        fit="pad",
+        filter="bicubic",
+        mean=recipe.mean,
+        std=recipe.std,
+        pad_color=PAD_COLOR,
+    )
     prompt = PromptSpec(
-        image_token=IMAGE, num_vision_tokens=recipe.model.num_vision_tokens, stop_token_ids=(stop,)
+        image_token=IMAGE, num_vision_tokens=recipe.model.num_vision_tokens, stop_token_ids=(vocabulary[END],)
     )
     return ProcessorFile(image=asdict(image), prompt=asdict(prompt), suite=recipe.suite)
 
@@ -96,13 +106,17 @@ def start(recipe: TrainRecipe, folder: Path, cache: Path, rank: int, world: int)
     """A run at step 0: tokenizer, pictures, fresh weights."""
     encode = encoder(tokenizer_of(recipe, folder, rank))
     pictures = data.rendered(
-        recipe.data.num_scenes, recipe.data.seed, recipe.model.vision.image_size, cache, workers=os.cpu_count() or 1
+        recipe.data.num_scenes,
+        recipe.data.seed,
+        recipe.model.vision.image_size,
+        cache,
+        workers=os.cpu_count() or 1,
     )
     model = Vlm(recipe.model)
     model.initialize(recipe.seed)
     torch.manual_seed(recipe.seed)
     facts = FactsHead(recipe.model.vision.feature_size)
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out of its annotations
     rate, decay = recipe.optimization.learning_rate, recipe.optimization.weight_decay
     optimizer = torch.optim.AdamW(parameter_groups(model, facts, decay), lr=rate, betas=(0.9, 0.98))
     return Run(recipe, model, facts, optimizer, encode, pictures, rank, world)
@@ -132,7 +146,10 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
 def losses_of(model: Vlm, facts: FactsHead, batch: data.Batch, facts_weight: float) -> dict[str, Tensor]:
     """Cross-entropy of the answers, of the grid's facts, and their weighted sum; bfloat16 inside."""
     pixels = batch.pixel_values.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # on CPUs flash's backward is slow
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # on CPUs flash's backward is slow
         features = model.vision_encoder(pixels)
         hidden = answer_states(model, features, batch)
         logits = model.logits(hidden)
@@ -193,13 +210,13 @@ def tokenizer_of(recipe: TrainRecipe, folder: Path, rank: int) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def texts_of(scene: data.Scene) -> Iterator[str]:
+def texts_of(scene: Scene) -> Iterator[str]:
     """All that is asked and said of a scene."""
     for question in questions(scene):
         yield question.prompt
         yield question.answer
-    yield "Describe the picture."
-    yield data.caption(scene)
+    yield CAPTION_PROMPT
+    yield caption(scene)
 
 
 def encoder(tokenizer: Tokenizer) -> data.Encode:
@@ -216,7 +233,10 @@ def encoder(tokenizer: Tokenizer) -> data.Encode:
 
 def parameter_groups(model: Vlm, facts: FactsHead, weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; norms, biases and embeddings do not."""
-    named = [*model.named_parameters(), *((f"facts.{name}", tensor) for name, tensor in facts.named_parameters())]
+    named = [
+        *model.named_parameters(),
+        *((f"facts.{name}", tensor) for name, tensor in facts.named_parameters()),
+    ]
     matrices = [tensor for name, tensor in named if tensor.ndim > 1 and "embed" not in name]
     rest = [tensor for name, tensor in named if not (tensor.ndim > 1 and "embed" not in name)]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -43,23 +43,17 @@ SUITES: Registry[Callable[..., Suite]] = Registry(
 )
 
 
-def scenes_suite(
-    num_scenes: int, seed: int = EVAL_SEED, size: int = 128, per_scene: int | None = None
-) -> Suite:
+def scenes_suite(num_scenes: int, seed: int = EVAL_SEED, size: int = 128, per_scene: int | None = None) -> Suite:
     """The first ``num_scenes`` of a series of generated scenes, ``size`` pixels square.
 
     ``per_scene`` keeps so many questions of each; they come in random order, so every kind stays in.
     """
     if num_scenes < 1 or (per_scene is not None and per_scene < 1):
-        raise ConfigError(
-            f"a suite needs at least one scene and one question each, got {num_scenes} and {per_scene}"
-        )
+        raise ConfigError(f"a suite needs at least one scene and one question each, got {num_scenes} and {per_scene}")
     scenes = [make_scene(seed, index) for index in range(num_scenes)]
     items = tuple(
         Item(image_index=index, question=question)
         for index, scene in enumerate(scenes)
         for question in questions(scene)[:per_scene]
     )
-    return Suite(
-        name="scenes", num_images=num_scenes, image=lambda index: render(scenes[index], size), items=items
-    )
+    return Suite(name="scenes", num_images=num_scenes, image=lambda index: render(scenes[index], size), items=items)

@@ -1,14 +1,15 @@
 """The decoder as an ONNX graph, written node by node.
 
-One graph serves prefill and decode.  Attention is ``GroupQueryAttention`` with rotary positions inside; its past and
-present may be one shared buffer, so nothing is copied from token to token.  Only the last row reaches the head.
+One graph serves prefill and decode.  Attention is ``GroupQueryAttention`` with rotary positions inside; its
+past and present may be one shared buffer, so nothing is copied from token to token.  Only the last row
+reaches the head.
 
 Operators of the ``com.microsoft`` domain are documented in ONNX Runtime's ContribOperators.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -41,28 +42,41 @@ class GraphWriter:
         name: str,
         *,
         domain: str = "",
-        num_outputs: int = 1,
-        **attributes: int | float,
+        num_outputs: int,
+        attributes: Mapping[str, int | float],
     ) -> list[ir.Value]:
         """Add one node; its outputs are called ``name``, ``name.1``, …"""
         outputs = [ir.Value(name=name if index == 0 else f"{name}.{index}") for index in range(num_outputs)]
         node = ir.Node(
-            domain, kind, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs, name=f"node.{name}"
+            domain,
+            kind,
+            inputs,
+            ir.convenience.convert_attributes(dict(attributes)),
+            outputs=outputs,
+            name=f"node.{name}",
         )
         self.nodes.append(node)
         return outputs
 
     def one(
-        self, kind: str, inputs: Sequence[ir.Value | None], name: str, *, domain: str = "", **attributes: int | float
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        **attributes: int | float,
     ) -> ir.Value:
         """A node with one output."""
-        return self.op(kind, inputs, name, domain=domain, **attributes)[0]
+        return self.op(kind, inputs, name, domain=domain, num_outputs=1, attributes=attributes)[0]
 
     def constant(self, array: NDArray[np.generic], name: str) -> ir.Value:
         """An initializer."""
         if name not in self.constants:
             tensor = ir.tensor(array, name=name)
-            self.constants[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.constants[name] = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
         return self.constants[name]
 
     def weight(self, tensor: Tensor, name: str) -> ir.Value:
@@ -76,7 +90,7 @@ class GraphWriter:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if not biases:
             return product
-        return self.one("Add", [product, self.weight(torch.cat(biases), f"{name}.bias")], f"{name}.sum")
+        return self.one("Add", [product, self.weight(torch.cat(tuple(biases)), f"{name}.bias")], f"{name}.sum")
 
 
 def decoder_graph(part: Part) -> ir.Model:
@@ -97,9 +111,7 @@ def decoder_graph(part: Part) -> ir.Model:
     return assemble(writer, part, inputs, outputs)
 
 
-def assemble(
-    writer: GraphWriter, part: Part, inputs: dict[str, ir.Value], outputs: dict[str, ir.Value]
-) -> ir.Model:
+def assemble(writer: GraphWriter, part: Part, inputs: dict[str, ir.Value], outputs: dict[str, ir.Value]) -> ir.Model:
     """Close the graph with the part's own tensor names, types and shapes."""
     for spec in part.outputs:
         value, declared = outputs[spec.name], graph_value(spec)
@@ -153,7 +165,9 @@ def _layer(
     """Residual, the branch still to be added to it, and the layer's present key and value."""
     normed, residual = _add_norm(writer, residual, branch, layer.input_layernorm, f"{name}.input_layernorm")
     mixed, present = _attention(writer, layer.self_attn, normed, past, lengths, config, f"{name}.self_attn")
-    normed, residual = _add_norm(writer, residual, mixed, layer.post_attention_layernorm, f"{name}.post_attention_layernorm")
+    normed, residual = _add_norm(
+        writer, residual, mixed, layer.post_attention_layernorm, f"{name}.post_attention_layernorm"
+    )
     return residual, _mlp(writer, layer.mlp, normed, f"{name}.mlp"), present
 
 
@@ -170,7 +184,7 @@ def _add_norm(
         name,
         domain=CONTRIB,
         num_outputs=4,
-        epsilon=norm.eps,
+        attributes={"epsilon": norm.eps},
     )
     return normed, total
 
@@ -185,16 +199,20 @@ def _attention(
     name: str,
 ) -> tuple[ir.Value, list[ir.Value]]:
     packed = writer.linear(hidden, [attention.q_proj, attention.k_proj, attention.v_proj], f"{name}.qkv_proj")
-    query, key, value = _normed_heads(writer, attention, packed, config, name) if config.qk_norm else (packed, None, None)
+    query, key, value = (
+        _normed_heads(writer, attention, packed, config, name) if config.qk_norm else (packed, None, None)
+    )
     mixed, present_key, present_value = writer.op(
         "GroupQueryAttention",
         [query, key, value, *past, *lengths],
         f"{name}.mixed",
         domain=CONTRIB,
         num_outputs=3,
-        num_heads=config.num_attention_heads,
-        kv_num_heads=config.num_key_value_heads,
-        do_rotary=1,
+        attributes={
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "do_rotary": 1,
+        },
     )
     return writer.linear(mixed, [attention.o_proj], f"{name}.o_proj"), [present_key, present_value]
 
@@ -205,7 +223,7 @@ def _normed_heads(
     """Query, key and value apart, the first two with each head normed (Qwen3)."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = writer.constant(np.array([heads * size, kv_heads * size, kv_heads * size], np.int64), "qkv.sizes")
-    query, key, value = writer.op("Split", [packed, sizes], f"{name}.split", num_outputs=3, axis=-1)
+    query, key, value = writer.op("Split", [packed, sizes], f"{name}.split", num_outputs=3, attributes={"axis": -1})
     query = _norm_each_head(writer, query, attention.q_norm, size, f"{name}.q_norm")
     key = _norm_each_head(writer, key, attention.k_norm, size, f"{name}.k_norm")
     return query, key, value
@@ -223,7 +241,7 @@ def _mlp(writer: GraphWriter, mlp: SwiGLU, hidden: ir.Value, name: str) -> ir.Va
     both = writer.linear(hidden, [mlp.gate_proj, mlp.up_proj], f"{name}.gate_up_proj")
     width = mlp.gate_proj.out_features
     sizes = writer.constant(np.array([width, width], np.int64), "gate_up.sizes")
-    gate, up = writer.op("Split", [both, sizes], f"{name}.split", num_outputs=2, axis=-1)
+    gate, up = writer.op("Split", [both, sizes], f"{name}.split", num_outputs=2, attributes={"axis": -1})
     opened = writer.one("Mul", [gate, writer.one("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
     return writer.linear(writer.one("Mul", [opened, up], f"{name}.gated"), [mlp.down_proj], f"{name}.down_proj")
 

@@ -6,11 +6,13 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from edgevlm.bundle.hash_cache import sha256
 from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, Manifest, PartFile
+from edgevlm.bundle.paths import MANIFEST_FILE
 from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.core.config import to_json
 from edgevlm.core.errors import ParityError
@@ -24,8 +26,24 @@ from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.verify import golden, verify_bundle
 
 STEPS = ("load", "vision_encoder", "embed_tokens", "decoder_model_merged", "golden", "verify")
-COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-LIBRARIES = ("edgevlm", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "pillow", "tokenizers")
+COPIED = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+LIBRARIES = (
+    "edgevlm",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "pillow",
+    "tokenizers",
+)
 
 Report = Callable[[str], None]  # told the name of each of STEPS as it begins
 
@@ -40,14 +58,16 @@ def export_bundle(
     keep: bool = False,
     report: Report = lambda step: None,
 ) -> Path:
-    """Export ``model`` (folder or shipped name) to the bundle folder ``out``, which appears only when it is whole.
+    """Export ``model`` (folder or shipped name) to the bundle folder ``out``, which appears only when it is
+    whole.
 
-    ``half_storage`` stores weights that float16 holds exactly in half the bytes.  Raises ParityError when the export
-    is not the same model; with ``keep`` the failed bundle then stays beside ``out`` as ``<out>.failed``.
+    ``half_storage`` stores weights that float16 holds exactly in half the bytes.  Raises ParityError when
+    the export is not the same model; with ``keep`` the failed bundle then stays beside ``out`` as
+    ``<out>.failed``.
     """
     lowering = TARGETS[target](half_storage=half_storage)
     out = Path(out)
-    with atomic_directory(out, overwrite=overwrite) as root:
+    with atomic_directory(out, overwrite=overwrite, marker=MANIFEST_FILE) as root:
         report("load")
         checkpoint = load_model(model)
         _copy_texts(checkpoint, root)
@@ -67,7 +87,8 @@ def export_bundle(
 def _verify(root: Path, out: Path, keep: bool) -> None:
     """Run the gate and write its record; a bundle that fails stays only on request."""
     verification = verify_bundle(root, check=False)
-    write_text(root / "verify.json", to_json(verification))
+    runtime = {name: value for name, value in verification.runtime.items() if not name.startswith("bundle")}
+    write_text(root / "verify.json", to_json(replace(verification, runtime=runtime)))
     write_sums(root)
     try:
         verification.require()
@@ -108,8 +129,6 @@ def _manifest(checkpoint: Checkpoint, parts: list[PartFile]) -> Manifest:
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the weights came from and what lowered them."""
-    from edgevlm.bundle.hash_cache import sha256
-
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "source": checkpoint.name,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ EXTERNAL_ABOVE_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; large weights
 class OnnxTarget:
     """One ``onnx/<part>.onnx`` per part, in float32.
 
-    With ``half_storage`` weights that float16 holds exactly are stored so: half the file, the same numbers, since the
-    runtime widens them once when it loads.
+    With ``half_storage`` weights that float16 holds exactly are stored so: half the file, the same numbers,
+    since the runtime widens them once when it loads.
     """
 
     def __init__(self, *, half_storage: bool = False) -> None:
@@ -56,7 +57,10 @@ def traced_graph(part: Part) -> ir.Model:
     """The part as ``torch.onnx`` sees it, with the part's own names and free sizes."""
     module: nn.Module = VisionEncoder(part.model) if part.name == "vision_encoder" else part.model.embed_tokens
     example = tuple(_example(spec.shape, spec.dtype) for spec in part.inputs)
-    free = tuple({axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in part.inputs)
+    free = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in part.inputs
+    )
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -77,7 +81,7 @@ def traced_graph(part: Part) -> ir.Model:
 
 
 def strip_notes(model: ir.Model) -> None:
-    """Drop what the tracer noted for its own developers: stack traces with this machine's paths, a third of the file."""
+    """Drop what the tracer noted for its own developers: stack traces with this machine's paths."""
     graph = model.graph
     for thing in (model, graph, *graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
         thing.metadata_props.clear()
@@ -99,10 +103,16 @@ def store_half(model: ir.Model) -> None:
 
 def _replace_by_cast(graph: ir.Graph, value: ir.Value, narrow: np.ndarray, name: str) -> None:
     tensor = ir.tensor(narrow, name=f"{name}.half")
-    stored = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    stored = ir.Value(
+        name=tensor.name, shape=ir.Shape(narrow.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     attributes = ir.convenience.convert_attributes({"to": int(ir.DataType.FLOAT)})
     cast = ir.Node("", "Cast", [stored], attributes, num_outputs=1, name=f"node.{name}.widen")
-    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = f"{name}.wide", value.shape, value.type
+    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = (
+        f"{name}.wide",
+        value.shape,
+        value.type,
+    )
     ir.convenience.replace_all_uses_with(value, cast.outputs[0])
     del graph.initializers[name]
     graph.register_initializer(stored)
@@ -128,7 +138,7 @@ def _num_bytes(model: ir.Model) -> int:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """The exporter reports its steps on stdout and warns of libraries that are not needed."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

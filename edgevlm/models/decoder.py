@@ -1,8 +1,8 @@
 """The decoder, once for all: Llama, Qwen2, Qwen3 and SmolLM2 differ in the fields of DecoderConfig.
 
 Module names follow transformers inside ``layers``, so that those checkpoints need no renaming there.
-Sources: Touvron et al. 2023, arXiv:2302.13971; RoPE: Su et al. 2021, arXiv:2104.09864; grouped queries: Ainslie
-et al. 2023, arXiv:2305.13245; SwiGLU: Shazeer 2020, arXiv:2002.05202; RMSNorm: Zhang & Sennrich 2019,
+Sources: Touvron et al. 2023, arXiv:2302.13971; RoPE: Su et al. 2021, arXiv:2104.09864; grouped queries:
+Ainslie et al. 2023, arXiv:2305.13245; SwiGLU: Shazeer 2020, arXiv:2002.05202; RMSNorm: Zhang & Sennrich 2019,
 arXiv:1910.07467.
 """
 
@@ -35,8 +35,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Run every layer; with ``kv_cache`` the rows continue those that it holds.
 
-        ``positions`` (B, T) and ``mask`` (B, 1, T, T; true where attention is allowed) are for packed training
-        sequences; without them rows are consecutive and causal.
+        ``positions`` (B, T) and ``mask`` (B, 1, T, T; true where attention is allowed) are for packed
+        training sequences; without them rows are consecutive and causal.
         """
         T = inputs_embeds.shape[1]
         start = kv_cache.position if kv_cache else 0

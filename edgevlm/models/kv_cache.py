@@ -13,10 +13,21 @@ class KVCache:
     """One buffer ``(B, K, max_context, head_dim)`` per layer for keys and one for values, filled from the left."""
 
     def __init__(
-        self, config: DecoderConfig, *, max_context: int | None = None, batch: int = 1, dtype: torch.dtype = torch.float32
+        self,
+        config: DecoderConfig,
+        *,
+        max_context: int | None = None,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.max_context = max_context or config.max_position_embeddings
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, self.max_context, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            self.max_context,
+            config.head_dim,
+        )
         self.keys = torch.zeros(shape, dtype=dtype)
         self.values = torch.zeros(shape, dtype=dtype)
         self.position = 0  # rows that every layer holds

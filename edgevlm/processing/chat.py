@@ -139,9 +139,7 @@ def _joined(pieces: Iterable[str]) -> str:
     for piece in pieces:
         length += len(piece)
         if length > MAX_PROMPT_CHARACTERS:
-            raise ConfigError(
-                f"the chat template writes more than {MAX_PROMPT_CHARACTERS:,} characters; repair it"
-            )
+            raise ConfigError(f"the chat template writes more than {MAX_PROMPT_CHARACTERS:,} characters; repair it")
         result.append(piece)
     return "".join(result)
 
@@ -161,9 +159,7 @@ def _named(template: object) -> str | None:
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """``bos_token`` and its kin, which templates write; hubs store a string or a table with ``content``."""
     values = {name: settings.get(name) for name in SPECIAL_NAMES}
-    texts = {
-        name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()
-    }
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
@@ -233,9 +229,7 @@ def _refuse_private(name: object) -> None:
 
 
 def _environment() -> _Sandbox:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -251,9 +245,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """As transformers does: without the HTML escapes of Jinja2's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

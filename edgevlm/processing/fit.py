@@ -48,9 +48,7 @@ def axes(size: tuple[int, int], spec: ImageSpec) -> tuple[Axis, Axis]:
         canvas = (w, max(h, round(w * H / W))) if wider else (max(w, round(h * W / H)), h)
         return _padded(w, canvas[0], W), _padded(h, canvas[1], H)
     if spec.fit == "center-crop":
-        covering = (
-            (h * W, w) if w * H <= h * W else (w * H, h)
-        )  # the long side as a fraction of target pixels
+        covering = (h * W, w) if w * H <= h * W else (w * H, h)  # the long side as a fraction of target pixels
         long_side = covering[0] // covering[1]
         resized = (W, long_side) if w * H <= h * W else (long_side, H)
         return _cropped(w, resized[0], W), _cropped(h, resized[1], H)
@@ -63,9 +61,7 @@ def _padded(length: int, canvas: int, size: int) -> Axis:
             f"the picture is too long and thin: padded it would be {canvas:,} pixels a side, "
             f"allowed are {MAX_CANVAS_SIDE:,}; cut it into pieces first"
         )
-    return Axis(
-        length=length, canvas=canvas, offset=(canvas - length) // 2, start=0.0, span=float(canvas), size=size
-    )
+    return Axis(length=length, canvas=canvas, offset=(canvas - length) // 2, start=0.0, span=float(canvas), size=size)
 
 
 def _cropped(length: int, resized: int, size: int) -> Axis:
@@ -94,7 +90,9 @@ def _by_numpy(image: Image.Image, horizontal: Axis, vertical: Axis, spec: ImageS
 
 
 def _turned(pixels: NDArray[Number]) -> NDArray[Number]:
-    return pixels.transpose(1, 0, 2)
+    """[H, W, 3] as [W, H, 3]."""
+    turned: NDArray[Number] = pixels.transpose(1, 0, 2)
+    return turned
 
 
 def _by_pillow(image: Image.Image, horizontal: Axis, vertical: Axis, spec: ImageSpec) -> Image.Image:

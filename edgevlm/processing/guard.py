@@ -32,14 +32,10 @@ class Guard:
         self.tokenizer, self.template = tokenizer, template
         tokens = {image_token, *(name for name, token in tokenizer.added_tokens.items() if token.special)}
         tokens |= {name for name in tokenizer.added_tokens if name.strip() and name in template.source}
-        self.control_ids = {
-            token: tokenizer.token_id(token) for token in sorted(tokens, key=len, reverse=True)
-        }
+        self.control_ids = {token: tokenizer.token_id(token) for token in sorted(tokens, key=len, reverse=True)}
         choices = "|".join(map(re.escape, self.control_ids))
         self._pattern = re.compile(f"({choices})")
-        self._anywhere = re.compile(
-            f"(?=({choices}))", re.IGNORECASE
-        )  # overlapping; a template may change case
+        self._anywhere = re.compile(f"(?=({choices}))", re.IGNORECASE)  # overlapping; a template may change case
         self._openings = tuple({token[:end].lower() for token in tokens for end in range(1, len(token))})
         self._endings = tuple({token[start:].lower() for token in tokens for start in range(1, len(token))})
 
@@ -50,9 +46,7 @@ class Guard:
         token out of plain text, which byte-level vocabularies cannot.
         """
         mark = _unused_character([self.template.source, *_texts(messages)])
-        rendered = self.template.render(
-            [self._marked(message, mark) for message in messages], add_generation_prompt
-        )
+        rendered = self.template.render([self._marked(message, mark) for message in messages], add_generation_prompt)
         written = self._pattern.findall(rendered)
         clean = rendered.replace(mark, "")
         if self._pattern.findall(clean) == written:

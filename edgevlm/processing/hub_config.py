@@ -41,8 +41,7 @@ def hub_differences(spec: ImageSpec) -> tuple[str, ...]:
     mean_color = tuple(int(value * 255) for value in spec.mean)
     cases = {
         "transformers.js stretches instead of padding.": spec.fit == "pad",
-        "Padding goes to a square, not to the proportions of the target.": spec.fit == "pad"
-        and not is_square,
+        "Padding goes to a square, not to the proportions of the target.": spec.fit == "pad" and not is_square,
         f"The pad colour is the mean, {mean_color}, not {spec.pad_color}.": spec.fit == "pad"
         and spec.pad_color != mean_color,
         "The shorter side of the picture becomes the shorter side of the target, which may not cover it.": (
@@ -50,8 +49,7 @@ def hub_differences(spec: ImageSpec) -> tuple[str, ...]:
         ),
         "Antialiasing is always on.": not spec.antialias and spec.filter != "nearest",
         "Nearest reads the pixel under the centre.": not spec.antialias and spec.filter == "nearest",
-        "Pixels are rounded to whole levels after the resize.": spec.rounding == "float"
-        and spec.filter != "nearest",
+        "Pixels are rounded to whole levels after the resize.": spec.rounding == "float" and spec.filter != "nearest",
         "Channels stay in the order red, green, blue.": spec.channel_order == "bgr",
     }
     return tuple(sentence for sentence, differs in cases.items() if differs)

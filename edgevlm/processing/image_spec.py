@@ -74,8 +74,7 @@ class ImageSpec:
             self.std,
         )
         _check(
-            _is_triple(self.pad_color)
-            and all(_is_int(value) and 0 <= value <= 255 for value in self.pad_color),
+            _is_triple(self.pad_color) and all(_is_int(value) and 0 <= value <= 255 for value in self.pad_color),
             "pad_color",
             "three whole numbers from 0 to 255",
             self.pad_color,

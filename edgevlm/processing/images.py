@@ -56,9 +56,7 @@ class ImageLimits:
             raise ConfigError(f"image limits must be 1 or more; found {self}")
 
 
-def load_image(
-    source: ImageSource, limits: ImageLimits | None = None, *, background: Color = WHITE
-) -> Image.Image:
+def load_image(source: ImageSource, limits: ImageLimits | None = None, *, background: Color = WHITE) -> Image.Image:
     """An upright RGB picture: EXIF orientation applied, first frame of several, alpha over ``background``.
 
     ``source`` is a path, the bytes of a file, a Pillow picture, or uint8 levels [H, W, 3] (RGB) or [H, W]
@@ -124,9 +122,7 @@ def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[str, bytes]:
     elif isinstance(source, (str, Path)):
         name, data = str(source), _read_file(Path(source), limits)
     else:
-        raise InputError(
-            f"a picture is a path, bytes, a Pillow image or an array; found {type(source).__name__}"
-        )
+        raise InputError(f"a picture is a path, bytes, a Pillow image or an array; found {type(source).__name__}")
     if not data:
         raise InputError(f"{name}: empty, 0 bytes; expected a picture")
     return name, data
@@ -143,16 +139,12 @@ def _read_file(path: Path, limits: ImageLimits) -> bytes:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give the path of a picture on this machine") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from error
+        raise InputError(f"{str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _check_bytes(name: str, num_bytes: int, limits: ImageLimits) -> None:
     if num_bytes > limits.max_bytes:
-        raise InputError(
-            f"{name}: {num_bytes:,} bytes, allowed are {limits.max_bytes:,}; save it smaller first"
-        )
+        raise InputError(f"{name}: {num_bytes:,} bytes, allowed are {limits.max_bytes:,}; save it smaller first")
 
 
 def _check_size(name: str, width: int, height: int, limits: ImageLimits) -> None:
@@ -182,9 +174,7 @@ def _pillow_errors(name: str, limits: ImageLimits) -> Iterator[None]:
         message = str(error)
         raise InputError(message if message.startswith(name) else f"{name}: {message}") from error
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{name}: not a picture that can be read; expected {', '.join(_formats())}"
-        ) from error
+        raise InputError(f"{name}: not a picture that can be read; expected {', '.join(_formats())}") from error
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))
         num_pixels = f"{int(found.group()):,}" if found else "too many"

@@ -54,9 +54,7 @@ class Processor:
         object.__setattr__(self, "guard", Guard(self.tokenizer, self.template, self.prompt_spec.image_token))
 
     @classmethod
-    def from_folder(
-        cls, folder: str | Path, image: Mapping[str, Any], prompt: Mapping[str, Any]
-    ) -> Processor:
+    def from_folder(cls, folder: str | Path, image: Mapping[str, Any], prompt: Mapping[str, Any]) -> Processor:
         """The processor of the bundle or checkpoint in ``folder``, with the two mappings of its manifest.
 
         Raises ConfigError for a mapping or template that cannot be used, IntegrityError without a tokenizer.

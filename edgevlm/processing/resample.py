@@ -48,11 +48,7 @@ class Taps:
 
 def picture_taps(axis: Axis, filter: Filter, antialias: bool) -> Taps:
     """Taps in the picture's coordinates; canvas around it weighs nothing, so rows may sum to less than 1."""
-    taps = (
-        _kernel_taps(axis, filter)
-        if antialias and filter != "nearest"
-        else _point_taps(axis, filter, antialias)
-    )
+    taps = _kernel_taps(axis, filter) if antialias and filter != "nearest" else _point_taps(axis, filter, antialias)
     indices = taps.indices - axis.offset
     inside = (indices >= 0) & (indices < axis.length)
     return Taps(np.clip(indices, 0, axis.length - 1), np.where(inside, taps.weights, 0.0))

@@ -40,9 +40,7 @@ class Tokenizer:
         """The tokenizer in ``folder``.  Raises IntegrityError when tokenizer.json is missing or damaged."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise IntegrityError(
-                f"{folder}: no tokenizer.json; expected the folder of a bundle or a checkpoint"
-            )
+            raise IntegrityError(f"{folder}: no tokenizer.json; expected the folder of a bundle or a checkpoint")
         try:
             return cls._parse(read_text(path))
         except (InputError, ValueError) as error:
@@ -74,9 +72,7 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text holds half a character at position {error.start}; expected UTF-8"
-            ) from error
+            raise InputError(f"the text holds half a character at position {error.start}; expected UTF-8") from error
         return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -46,6 +46,7 @@ class Request:
     sampling: Sampling
     stop: tuple[str, ...]
     use_image_cache: bool
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -68,9 +69,7 @@ class AnswerStream:
     Read and close it in one thread; ``cancel`` may come from another.
     """
 
-    def __init__(
-        self, pieces: Generator[str, None, Answer], cancelled: Event, release: Callable[[], None]
-    ) -> None:
+    def __init__(self, pieces: Generator[str, None, Answer], cancelled: Event, release: Callable[[], None]) -> None:
         self._pieces, self._cancelled = pieces, cancelled
         self._release: Callable[[], None] | None = release
         self._answer: Answer | None = None

@@ -38,7 +38,7 @@ class Timings:
 
 
 class StageClock:
-    """Notes when stages begin and end; starts when it is made.  A note costs well under a microsecond."""
+    """Notes when stages begin and end; starts when it is made.  A note costs about a microsecond."""
 
     def __init__(self) -> None:
         self._started = perf_counter_ns()

@@ -72,11 +72,13 @@ class RuntimeVlm:
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         use_image_cache: bool = True,
+        ignore_eos: bool = False,
     ) -> Answer:
         """The answer to ``prompt`` about ``image`` (or about nothing), from an empty kv cache.
 
-        Ends at the model's stop token, before one of the ``stop`` strings, or after ``max_tokens``.  Raises
-        InputError for an empty prompt or unreadable image, DoesNotFitError for a prompt beyond the context.
+        Ends at the model's stop token (unless ``ignore_eos``, for measurements of a fixed length), before one of
+        the ``stop`` strings, or after ``max_tokens``.  Raises InputError for an empty prompt or unreadable image,
+        DoesNotFitError for a prompt beyond the context.
         """
         stream = self.stream(
             image,
@@ -85,6 +87,7 @@ class RuntimeVlm:
             sampling=sampling,
             stop=stop,
             use_image_cache=use_image_cache,
+            ignore_eos=ignore_eos,
         )
         return stream.read()
 
@@ -97,6 +100,7 @@ class RuntimeVlm:
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         use_image_cache: bool = True,
+        ignore_eos: bool = False,
     ) -> AnswerStream:
         """Like ``ask``, piece by piece.  The input is checked here; the model starts with the first piece."""
         request = Request(
@@ -105,6 +109,7 @@ class RuntimeVlm:
             sampling=sampling,
             stop=stop_strings(stop),
             use_image_cache=use_image_cache,
+            ignore_eos=ignore_eos,
         )
         return self.begin(request, image)
 
@@ -180,18 +185,14 @@ class RuntimeVlm:
             ids = self.processor.input_ids(conversation.messages)
             prompt = PromptRows(ids, self.processor.image_positions(ids), conversation.pictures)
         if len(prompt) > self.max_context:
-            advice = (
-                "start anew with Chat.reset()" if len(conversation.messages) > 1 else "shorten the prompt"
-            )
+            advice = "start anew with Chat.reset()" if len(conversation.messages) > 1 else "shorten the prompt"
             raise DoesNotFitError(
                 f"the prompt has {len(prompt)} tokens ({len(prompt.positions)} of them vision tokens), "
                 f"the context of {self.name} holds {self.max_context}: {advice}"
             )
         return prompt
 
-    def _answer(
-        self, turn: Turn, on_end: Callable[[Conversation], None] | None
-    ) -> Generator[str, None, Answer]:
+    def _answer(self, turn: Turn, on_end: Callable[[Conversation], None] | None) -> Generator[str, None, Answer]:
         """The pieces of an answer, then the answer; notes what the kv cache holds, however it ends."""
         written = TextStream(self.processor.tokenizer.decode, turn.request.stop)
         session = ClockedSession(self.session, turn.clock)
@@ -234,7 +235,7 @@ class RuntimeVlm:
     def _tokens(self, session: Session, embeds: Float, turn: Turn) -> Iterator[int]:
         """The generation loop, until somebody cancels."""
         sample = turn.clock.timed("sample", sampler(turn.request.sampling, turn.prompt.text_ids()))
-        stop = self.processor.prompt_spec.stop_token_ids
+        stop = () if turn.request.ignore_eos else self.processor.prompt_spec.stop_token_ids
         token_ids = generate(session, embeds, sample=sample, stop=stop, max_tokens=self._limit(turn))
         return takewhile(lambda _: not turn.cancelled.is_set(), token_ids)
 

@@ -2,8 +2,8 @@
 
     VlmConfig
     ├── vision     HybridConfig | VitConfig        picture  -> H·W features
-    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig   features -> N vision tokens of the decoder's width
-    └── decoder    DecoderConfig                   tokens   -> logits
+    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig   features -> N vision tokens of the decoder's
+    width └── decoder    DecoderConfig                   tokens   -> logits
 
 Fields that hubs know keep the hub's name.  ``type`` is the tag by which a file says which config it holds.
 """
@@ -108,7 +108,7 @@ class HybridConfig:
     @property
     def stride(self) -> int:
         """Pixels a feature stands for, along one side."""
-        return 4 * 2 ** (len(self.widths) - 1)
+        return 4 << (len(self.widths) - 1)
 
     @property
     def grid_size(self) -> int:
@@ -164,7 +164,8 @@ class VlmConfig:
     @property
     def num_vision_tokens(self) -> int:
         """Rows that the decoder reads of one picture (N)."""
-        return (self.vision.grid_size // self.projector.factor) ** 2
+        side = self.vision.grid_size // self.projector.factor
+        return side * side
 
 
 def check_positive(config: object, *names: str) -> None:

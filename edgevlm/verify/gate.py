@@ -89,7 +89,8 @@ def verify_bundle(path: Path | str, *, runtime: str = "onnxruntime", check: bool
 
 
 def golden_answers_match(vlm: RuntimeVlm) -> str | None:
-    """None when the model still gives its golden ids, else the complaint; a benchmark times only what is right.
+    """None when the model still gives its golden ids, else the complaint; a benchmark times only what is
+    right.
 
     A model that was not opened from a bundle has nothing to be compared with, and passes.
     """

@@ -1,8 +1,8 @@
 """What is asked of the reference once, and of every bundle afterwards.
 
-``record`` runs the cases through a session (PyTorch's, at export) and keeps pictures, prompts and tensors in the
-bundle's ``golden/``.  The pictures are generated scenes, of other sizes than the model's own, so that size, fit and
-filter matter.
+``record`` runs the cases through a session (PyTorch's, at export) and keeps pictures, prompts and tensors in
+the bundle's ``golden/``.  The pictures are generated scenes, of other sizes than the model's own, so that
+size, fit and filter matter.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ class Case:
 
 def cases() -> tuple[Case, ...]:
     """A wide picture that shrinks and a tall one that grows, at most model sizes."""
-    wide, tall = render(make_scene(GOLDEN_SEED, 0), 400)[:300], render(make_scene(GOLDEN_SEED, 1), 120)[:, :84]
-    return (Case(image=wide, prompt="What is in the picture?"), Case(image=tall, prompt="Describe the picture."))
+    wide, tall = (
+        render(make_scene(GOLDEN_SEED, 0), 400)[:300],
+        render(make_scene(GOLDEN_SEED, 1), 120)[:, :84],
+    )
+    return (
+        Case(image=wide, prompt="What is in the picture?"),
+        Case(image=tall, prompt="Describe the picture."),
+    )
 
 
 def record(vlm: RuntimeVlm, root: Path, suite: str) -> None:
@@ -87,7 +93,8 @@ def continue_greedily(session: Session, rows: Float, steps: int) -> tuple[Ints, 
     """``steps`` greedy ids, stop tokens included, the logits of the prompt [V] and of the first decode steps [K, V]."""
     session.rewind(0)
     prefill = logits = session.prefill(rows)
-    ids, kept = [int(prefill.argmax())], []
+    ids = [int(prefill.argmax())]
+    kept: list[Float] = []
     while len(ids) < steps:
         logits = session.decode(ids[-1])
         if len(kept) < NUM_LOGIT_STEPS:
@@ -110,7 +117,7 @@ def input_ids(processor: Processor, prompt: str) -> Ints:
 
 def place(embeds: Float, features: Float, positions: Ints) -> Float:
     """``embeds`` [1, T, D] with the vision tokens [1, N, D] at ``positions``."""
-    rows = embeds.copy()
+    rows: Float = embeds.copy()
     rows[0, positions] = features[0]
     return rows
 
@@ -123,10 +130,7 @@ def task_suite(name: str) -> Suite:
 def task_answers(vlm: RuntimeVlm, suite: Suite) -> list[str]:
     """The answers to all of the suite's questions, greedily."""
     images = {index: suite.image(index) for index in range(suite.num_images)}
-    return [
-        vlm.ask(images[item.image_index], item.question.prompt, max_tokens=32).text
-        for item in suite.items
-    ]
+    return [vlm.ask(images[item.image_index], item.question.prompt, max_tokens=32).text for item in suite.items]
 
 
 def accuracy(suite: Suite, answers: Sequence[str]) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
 
 CAUSES = {
     "pixels": "the image specification is not the training one: size, fit, filter, rounding, mean or std",
-    "image_features": "vision_encoder: a changed weight, a wrongly folded norm, or an operator that computes differently",
+    "image_features": "vision_encoder: a changed weight, a wrongly folded norm, or an operator that differs",
     "input_ids": "tokenizer or chat template: the prompt becomes other ids",
     "inputs_embeds": "embed_tokens: changed or reordered rows",
     "prefill_logits": "decoder: a changed weight, other rotary positions (rope_theta), or the attention mask",
@@ -43,7 +44,9 @@ class StageResult:
         return CAUSES[self.stage]
 
 
-def compare(stage: str, reference: NDArray[np.float32], candidate: NDArray[np.float32], tolerance: float) -> StageResult:
+def compare(
+    stage: str, reference: NDArray[np.float32], candidate: NDArray[np.float32], tolerance: float
+) -> StageResult:
     """Compare two tensors of one shape; another shape or a value that is no number fails."""
     if reference.shape != candidate.shape:
         note = f"shape {candidate.shape}, expected {reference.shape}"
@@ -60,7 +63,7 @@ def compare(stage: str, reference: NDArray[np.float32], candidate: NDArray[np.fl
         tolerance=tolerance,
         passed=max_abs <= tolerance,
         relative_l2=_ratio(np.linalg.norm(expected - found), np.linalg.norm(expected)),
-        cosine=_ratio(expected @ found, np.linalg.norm(expected) * np.linalg.norm(found)),
+        cosine=_ratio(np.dot(expected, found), np.linalg.norm(expected) * np.linalg.norm(found)),
         kl=_kl(reference, candidate) if is_logits else None,
         top1_agreement=float(np.mean(reference.argmax(-1) == candidate.argmax(-1))) if is_logits else None,
     )
@@ -73,7 +76,9 @@ def compare_ids(stage: str, reference: NDArray[np.int64], candidate: NDArray[np.
         return StageResult(stage=stage, max_abs=float("inf"), tolerance=0.0, passed=False, note=note)
     differ = int((reference != candidate).sum())
     first = int(np.argmax(reference != candidate))
-    note = f"{len(reference) - differ} of {len(reference)} ids equal" + (f", the first other at {first}" if differ else "")
+    note = f"{len(reference) - differ} of {len(reference)} ids equal" + (
+        f", the first other at {first}" if differ else ""
+    )
     return StageResult(stage=stage, max_abs=float(differ), tolerance=0.0, passed=not differ, note=note)
 
 
@@ -82,8 +87,8 @@ def worst(results: Sequence[StageResult]) -> StageResult:
     return max(results, key=lambda result: (not result.passed, result.max_abs))
 
 
-def _ratio(numerator: np.floating, denominator: np.floating) -> float:
-    return float(numerator / denominator) if denominator else 0.0
+def _ratio(numerator: SupportsFloat, denominator: SupportsFloat) -> float:
+    return float(numerator) / float(denominator) if float(denominator) else 0.0
 
 
 def _kl(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> float:
@@ -95,4 +100,4 @@ def _kl(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> float
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = logits.astype(np.float64)
     wide = wide - wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))

@@ -54,9 +54,7 @@ def test_shipped_model_answers_as_it_does_in_the_workshop(folder: Path) -> None:
     from edgevlm import shipped
 
     picture = shipped.DEMO_IMAGE
-    asked = run(
-        [folder / "venv/bin/edgevlm", "run", "nano", "--image", picture, "--prompt", PROMPT, "--json"], folder
-    )
+    asked = run([folder / "venv/bin/edgevlm", "run", "nano", "--image", picture, "--prompt", PROMPT, "--json"], folder)
     assert asked.returncode == 0, asked.stderr
     with edgevlm.open_bundle("nano") as vlm:
         assert json.loads(asked.stdout)["text"] == vlm.ask(picture, PROMPT).text != ""

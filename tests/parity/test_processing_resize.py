@@ -88,9 +88,7 @@ def test_padding_in_strips_is_padding_at_once(size: tuple[int, int], monkeypatch
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    "changes", [{"fit": "stretch"}, {"fit": "center-crop", "width": 48}], ids=["stretch", "crop"]
-)
+@pytest.mark.parametrize("changes", [{"fit": "stretch"}, {"fit": "center-crop", "width": 48}], ids=["stretch", "crop"])
 def test_clip_processor_reads_our_hub_file_and_agrees(changes: dict[str, Any], size: tuple[int, int]) -> None:
     reference = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     wanted = spec(**changes, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))

@@ -61,9 +61,7 @@ def weights() -> dict[str, Float]:
     for layer in range(L):
         shapes |= {f"q{layer}": (D, HEADS * SIZE), f"k{layer}": (D, K * SIZE), f"v{layer}": (D, K * SIZE)}
         shapes |= {f"o{layer}": (HEADS * SIZE, D)}
-    return {
-        name: random.normal(0, shape[0] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()
-    }
+    return {name: random.normal(0, shape[0] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 WEIGHTS = weights()
@@ -97,15 +95,11 @@ def rotate(heads: NDArray[np.float64]) -> NDArray[np.float64]:
 # -- the bundle -----------------------------------------------------------------------------------------
 
 
-def save(
-    path: Path, nodes: list[onnx.NodeProto], inputs: list[TensorSpec], outputs: list[TensorSpec]
-) -> None:
+def save(path: Path, nodes: list[onnx.NodeProto], inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
     """Write a graph, with those of ``WEIGHTS`` and ``CONSTANTS`` that its nodes name."""
     used = {name for node in nodes for name in node.input}
     constants = [numpy_helper.from_array(array, name) for name, array in CONSTANTS.items() if name in used]
-    graph = helper.make_graph(
-        nodes, path.stem, [info(x) for x in inputs], [info(x) for x in outputs], constants
-    )
+    graph = helper.make_graph(nodes, path.stem, [info(x) for x in inputs], [info(x) for x in outputs], constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
@@ -259,9 +253,7 @@ def prefill_in_chunks(session: OnnxRuntimeSession, rows: Float, chunks: Sequence
 
 
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [5, 15], [19, 1], [1, 19], [3, 4, 5, 8]], ids=str)
-def test_a_prefill_in_any_chunks_is_the_decoder_in_numpy(
-    session: OnnxRuntimeSession, chunks: list[int]
-) -> None:
+def test_a_prefill_in_any_chunks_is_the_decoder_in_numpy(session: OnnxRuntimeSession, chunks: list[int]) -> None:
     rows = random_rows(20)
     assert np.abs(prefill_in_chunks(session, rows, chunks) - numpy_logits(rows)).max() < TOLERANCE
     assert session.position == 20
@@ -284,9 +276,7 @@ def test_decode_is_embed_and_prefill(session: OnnxRuntimeSession) -> None:
         assert np.abs(logits - numpy_logits(all_rows)).max() < TOLERANCE
 
 
-def test_the_shared_buffer_gives_what_separate_buffers_give(
-    session: OnnxRuntimeSession, bundle: Bundle
-) -> None:
+def test_the_shared_buffer_gives_what_separate_buffers_give(session: OnnxRuntimeSession, bundle: Bundle) -> None:
     import onnxruntime
 
     graph = onnxruntime.InferenceSession(bundle.path("onnx/decoder_model_merged.onnx"))
@@ -294,7 +284,7 @@ def test_the_shared_buffer_gives_what_separate_buffers_give(
     rows, seen = random_rows(12), 0
     for chunk in np.split(rows, [7, 8], axis=1):
         seen += chunk.shape[1]
-        names = [spec.name for spec in cache_specs("past_key_values", "")]
+        names = [spec.name for spec in cache_specs("past_key_values", "past")]
         feeds = {"inputs_embeds": chunk, "attention_mask": np.ones((1, seen), np.int64)}
         logits, *past = graph.run(None, feeds | dict(zip(names, past, strict=True)))
         assert np.abs(session.prefill(chunk) - logits[0, 0]).max() < TOLERANCE
@@ -388,9 +378,7 @@ def test_threads_below_one_are_refused(bundle: Bundle, threads: int) -> None:
 
 
 @pytest.mark.parametrize("part", GRAPHS)
-@pytest.mark.parametrize(
-    "content", [b"", b"no graph at all", b"\x08\x0a" * 99], ids=["empty", "text", "noise"]
-)
+@pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x08\x0a" * 99], ids=["empty", "text", "noise"])
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, part: str, content: bytes) -> None:
     broken = write_bundle(tmp_path / "tiny")
     broken.path(f"onnx/{part}.onnx").write_bytes(content)
@@ -413,10 +401,11 @@ def test_an_operator_that_this_onnxruntime_lacks_is_named(tmp_path: Path) -> Non
         OnnxRuntimeSession(broken)
 
 
-def test_a_cache_of_another_shape_than_promised_is_refused(bundle: Bundle) -> None:
-    shape = replace(bundle.manifest.decoder, num_key_value_heads=1)
+@pytest.mark.parametrize("other", [{"num_key_value_heads": 1}, {"head_size": 32}, {"num_layers": 1}], ids=str)
+def test_a_cache_of_another_shape_than_promised_is_refused(bundle: Bundle, other: dict[str, int]) -> None:
+    shape = replace(bundle.manifest.decoder, **other)
     broken = replace(bundle, manifest=replace(bundle.manifest, decoder=shape))
-    with pytest.raises(IntegrityError, match="1 heads of 16, the graph has 2 of 16"):
+    with pytest.raises(IntegrityError, match="the graph has another"):
         OnnxRuntimeSession(broken)
 
 
@@ -440,9 +429,7 @@ def test_without_onnxruntime_the_command_that_fixes_it_is_named(
 def test_greedy_tokens_are_those_of_numpy(bundle: Bundle, picture: Path) -> None:
     with open_bundle(bundle.root) as vlm:
         answer = vlm.ask(picture, "What is this?", max_tokens=12)
-        ids = vlm.processor.input_ids(
-            [{"role": "user", "content": [{"type": "image"}, text("What is this?")]}]
-        )
+        ids = vlm.processor.input_ids([{"role": "user", "content": [{"type": "image"}, text("What is this?")]}])
         rows = WEIGHTS["table"][ids]
         pixels = vlm.processor.pixels(picture)
         rows[vlm.processor.image_positions(ids)] = pixels.reshape(N, -1) @ WEIGHTS["vision"]
@@ -483,7 +470,7 @@ def test_the_model_says_what_it_runs_on(bundle: Bundle) -> None:
 
 
 def test_an_unknown_runtime_is_named_with_the_known_ones(bundle: Bundle) -> None:
-    with pytest.raises(UnsupportedError, match="no runtime named 'onnx-runtime'.*Did you mean 'onnxruntime'"):
+    with pytest.raises(UnsupportedError, match=r"no runtime named 'onnx-runtime'.*Did you mean 'onnxruntime'"):
         open_bundle(bundle.root, "onnx-runtime")
 
 
@@ -493,7 +480,7 @@ def test_a_flipped_byte_is_noticed_before_anything_is_loaded(tmp_path: Path) -> 
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(IntegrityError, match="embed_tokens.onnx"):
+    with pytest.raises(IntegrityError, match="embed_tokens"):
         open_bundle(broken.root)
 
 

@@ -34,9 +34,7 @@ def test_the_order_of_the_values_does_not_matter(values: list[float], random: ob
 
 @few
 @given(times, st.integers(1, 100))
-def test_a_percentile_is_the_smallest_value_that_enough_do_not_exceed(
-    values: list[float], percent: int
-) -> None:
+def test_a_percentile_is_the_smallest_value_that_enough_do_not_exceed(values: list[float], percent: int) -> None:
     found = percentile(values, percent)
     below_or_equal = sum(value <= found for value in values)
     below = sum(value < found for value in values)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -22,31 +26,27 @@ OPTIONS = st.builds(
 )
 
 
-def reference(logits: Float, options: Sampling) -> dict[int, float]:
-    """Token by token, likeliest first; of equal ones the lower id."""
+def reference(logits: Float, options: Sampling) -> tuple[dict[int, float], dict[int, float]]:
+    """Token by token, likeliest first, of equal ones the lower id: its share, and the shares before it."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     smallest = logits[order[min(options.top_k or len(order), len(order)) - 1]]
     kept = [token for token in order if logits[token] >= smallest]
-    weights = np.exp([float(logits[token] - logits[kept[0]]) / options.temperature for token in kept])
-    shares = weights / weights.sum()
-    before = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
-    chosen = {
-        token: share for token, share, seen in zip(kept, shares, before, strict=True) if seen < options.top_p
-    }
-    return {token: share / sum(chosen.values()) for token, share in chosen.items()}
+    weights = [math.exp(float(logits[token] - logits[kept[0]]) / options.temperature) for token in kept]
+    shares = [weight / sum(weights) for weight in weights]
+    before = [0.0, *accumulate(shares)][: len(kept)]
+    return dict(zip(kept, shares, strict=True)), dict(zip(kept, before, strict=True))
 
 
 @given(LOGITS, OPTIONS)
 def test_the_distribution_is_the_references(logits: Float, options: Sampling) -> None:
     tokens, probabilities = distribution(logits, options)
-    expected = reference(logits, options)
-    found = dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
-    # A share within rounding of top_p may fall on either side.
-    assert {
-        token for token in found.keys() ^ expected.keys() if expected.get(token, found.get(token)) > 1e-6
-    } == set()
-    for token in found.keys() & expected.keys():
-        assert abs(found[token] - expected[token]) < 1e-5
+    shares, before = reference(logits, options)
+    rounding = 1e-5  # a token so close to the edge may fall on either side of it
+    surely = {token for token in shares if before[token] < options.top_p - rounding}
+    perhaps = {token for token in shares if before[token] < options.top_p + rounding}
+    assert surely <= set(tokens.tolist()) <= perhaps
+    total = sum(shares[token] for token in tokens.tolist())
+    assert probabilities.tolist() == pytest.approx([shares[token] / total for token in tokens.tolist()], abs=1e-5)
 
 
 @given(LOGITS, OPTIONS)
@@ -68,7 +68,13 @@ def test_the_likeliest_token_may_always_be_drawn(logits: Float, options: Samplin
 @given(st.integers(1, 3000), st.sampled_from([0.1, 0.5, 0.9, 0.99]))
 def test_the_shortcut_for_small_probabilities_changes_nothing(size: int, p: float) -> None:
     weights = np.random.default_rng(size).exponential(size=size) ** 4
-    probabilities = weights / weights.sum()
+    probabilities = (weights / weights.sum()).astype(np.float32)
     order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    assert top_p(probabilities, p).tolist() == order[before < p].tolist()
+    before = np.cumsum(probabilities[order], dtype=np.float64) - probabilities[order]
+    assert top_p(probabilities, p).tolist() == sorted(order[before < p].tolist())
+
+
+@given(LOGITS, st.sampled_from([1e-30, 1e-6, 1e-3]))
+def test_a_temperature_near_zero_draws_one_of_the_largest(logits: Float, temperature: float) -> None:
+    token = sampler(Sampling(temperature=temperature))(logits)
+    assert logits[token] >= logits.max() - 0.2

@@ -63,11 +63,7 @@ def _overlap(one: SceneObject, two: SceneObject) -> bool:
 
 def _matching(noun: str, items: Sequence[SceneObject]) -> list[SceneObject]:
     """The objects that every word of ``noun`` is true of."""
-    return [
-        item
-        for item in items
-        if set(noun.split()) <= {item.color, item.shape, item.texture, item.size, "object"}
-    ]
+    return [item for item in items if set(noun.split()) <= {item.color, item.shape, item.texture, item.size, "object"}]
 
 
 def _the_only(noun: str, items: Sequence[SceneObject]) -> SceneObject:
@@ -83,8 +79,7 @@ def _exists(prompt: str, items: Sequence[SceneObject]) -> list[str]:
 def _count(prompt: str, items: Sequence[SceneObject]) -> list[str]:
     noun = re.sub(r"^How many | are there\?| do you see\?|^Count the |\.$", "", prompt)
     singular = " ".join(
-        SINGULAR.get(word, word.removesuffix("s")) if word == noun.split()[-1] else word
-        for word in noun.split()
+        SINGULAR.get(word, word.removesuffix("s")) if word == noun.split()[-1] else word for word in noun.split()
     )
     return [str(len(_matching(singular, items)))]
 
@@ -105,8 +100,7 @@ def _position(prompt: str, items: Sequence[SceneObject]) -> list[str]:
         return [min((item.box[0], item.name) for item in level if item.box[0] >= of.box[2])[1]]
     middle = (of.box[0] + of.box[2]) / 2
     others = sorted(
-        (abs((item.box[0] + item.box[2]) / 2 - middle), item.name)
-        for item in (upper if relation == "above" else lower)
+        (abs((item.box[0] + item.box[2]) / 2 - middle), item.name) for item in (upper if relation == "above" else lower)
     )
     assert len(others) == 1 or others[1][0] > others[0][0] + 0.1
     return [others[0][1]]
@@ -122,9 +116,7 @@ def _size(prompt: str, items: Sequence[SceneObject]) -> list[str]:
 
 
 def _read(prompt: str, items: Sequence[SceneObject]) -> list[str]:
-    (noun,) = re.findall(
-        r"(?:on|does|Read) the ([a-z ]+?)(?: say)?[?.]", re.sub("the (word|number) on ", "", prompt)
-    )
+    (noun,) = re.findall(r"(?:on|does|Read) the ([a-z ]+?)(?: say)?[?.]", re.sub("the (word|number) on ", "", prompt))
     return [_the_only(noun, items).text]
 
 

@@ -28,9 +28,7 @@ def heavy_modules_after(statement: str, root: Path) -> list[str]:
     return loaded
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["version"], ["run", "--help"], ["export", "--help"]], ids=" ".join
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["version"], ["run", "--help"], ["export", "--help"]], ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: list[str], root: Path) -> None:
     statement = f"sys.argv = ['edgevlm', *{arguments!r}]; from edgevlm.cli.app import main; main()"
     assert heavy_modules_after(statement, root) == []

@@ -55,9 +55,7 @@ def test_changelog_opens_with_the_version_of_the_package(root: Path) -> None:
 def test_every_constraint_is_one_exact_version_without_a_build_tag(root: Path) -> None:
     lines = (root / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert [
-        pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.11\")?", pin)
-    ] == []
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.11\")?", pin)] == []
 
 
 def test_every_dependency_has_a_constraint(root: Path) -> None:

@@ -28,9 +28,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 def blocks(document: Path, *languages: str) -> list[str]:
     """The fenced blocks of one of ``languages``."""
-    fenced = re.findall(
-        r"^```(\w*)\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [text for language, text in fenced if language in languages]
 
 
@@ -62,9 +60,7 @@ def test_commands_in_documents_exist_with_their_flags(name: str) -> None:
         verb = command[:2] if command[0] == "bundle" else command[:1]
         text = help_of() if command[0].startswith("-") else help_of(*verb)
         for flag in (word.partition("=")[0] for word in command if re.match(r"--?[a-z]", word)):
-            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), (
-                f"{' '.join(command)}: no {flag}"
-            )
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{' '.join(command)}: no {flag}"
 
 
 def test_readme_shows_every_verb() -> None:
@@ -82,9 +78,7 @@ def test_links_between_documents_lead_somewhere(name: str) -> None:
 def test_every_top_level_room_is_in_the_readme_and_has_its_own() -> None:
     rooms = [room for room in ("export", "quant", "runtimes", "bench") if (ROOT / room).is_dir()]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [
-        room for room in rooms if f"{room}/" not in text or not (ROOT / room / "README.md").exists()
-    ] == []
+    assert [room for room in rooms if f"{room}/" not in text or not (ROOT / room / "README.md").exists()] == []
 
 
 def test_every_package_room_is_in_the_architecture_page() -> None:
@@ -94,6 +88,7 @@ def test_every_package_room_is_in_the_architecture_page() -> None:
     assert [room for room in rooms if f"`{room}`" not in text] == []
 
 
+@pytest.mark.slow
 def test_the_five_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (lines,) = blocks(ROOT / "README.md", "python")
     assert len(lines.splitlines()) == 5

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(
-    path.relative_to(ROOT)
-    for room in ("export", "quant", "runtimes", "bench")
-    for path in (ROOT / room).glob("*.py")
-)
+ROOMS = ("export", "quant", "runtimes", "bench")
+SCRIPTS = [path.relative_to(ROOT) for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
+EXPORTING = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +20,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("walkthroughs")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(each, id=str(each), marks=EXPORTING if each.parts[0] == "export" else []) for each in SCRIPTS],
+)
 def test_walkthrough_runs(script: Path, folder: Path) -> None:
     ran = subprocess.run(
         [sys.executable, ROOT / script, str(folder)], cwd=folder, capture_output=True, text=True, timeout=600

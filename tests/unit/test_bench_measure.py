@@ -28,20 +28,16 @@ class TimedVlm:
     name, max_context = "timed", 64
     info: dict[str, Any] = {"runtime": "fake", "threads": 2}  # noqa: RUF012
 
-    def __init__(
-        self, first_ms: Sequence[float] = (10.0,), tokens: int | None = None, cached: bool = False
-    ) -> None:
+    def __init__(self, first_ms: Sequence[float] = (10.0,), tokens: int | None = None, cached: bool = False) -> None:
         self.times: Iterator[float] = chain(first_ms, repeat(first_ms[-1]))
         self.tokens, self.cached = tokens, cached
         self.asked: list[tuple[Any, str, bool]] = []
-        self.processor = SimpleNamespace(
-            image_spec=SimpleNamespace(height=32, width=32), input_ids=self.count_words
-        )
+        self.processor = SimpleNamespace(image_spec=SimpleNamespace(height=32, width=32), input_ids=self.count_words)
 
     def count_words(self, messages: Any) -> list[int]:
         return [0] * (8 + len(messages[0]["content"][1]["text"].split()))
 
-    def ask(self, image: Any, prompt: str, *, max_tokens: int, use_image_cache: bool) -> Answer:
+    def ask(self, image: Any, prompt: str, *, max_tokens: int, use_image_cache: bool, ignore_eos: bool) -> Answer:
         self.asked.append((image, prompt, use_image_cache))
         count = max_tokens if self.tokens is None else self.tokens
         return answer(next(self.times), count, self.cached)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import edgevlm.cli.bench
+import edgevlm.bench.measure
 import edgevlm.runtimes.open
 from edgevlm.bench.record import read_measurement
 from edgevlm.cli.app import app
@@ -37,7 +37,7 @@ class SteadyVlm:
     def __exit__(self, *error: object) -> None:
         return None
 
-    def ask(self, image: Any, prompt: str, *, max_tokens: int, use_image_cache: bool) -> Answer:
+    def ask(self, image: Any, prompt: str, *, max_tokens: int, use_image_cache: bool, ignore_eos: bool) -> Answer:
         self.prompts.append(prompt)
         timings = Timings(
             stages_ms=dict.fromkeys(STAGES, 1.0),
@@ -61,10 +61,9 @@ class SteadyVlm:
 
 @pytest.fixture
 def vlm(monkeypatch: pytest.MonkeyPatch) -> SteadyVlm:
-    """What `edgevlm bench` opens, whatever it is told to; its golden answer is right."""
+    """What `edgevlm bench` opens, whatever it is told to."""
     steady = SteadyVlm()
     monkeypatch.setattr(edgevlm.runtimes.open, "open_bundle", lambda *args, **options: steady)
-    monkeypatch.setattr(edgevlm.cli.bench, "golden_check", lambda: lambda vlm: None)
     return steady
 
 
@@ -96,10 +95,7 @@ def test_bench_prints_every_format_of_llama_bench(vlm: SteadyVlm, output: str) -
 
 
 def test_bench_json_is_alone_on_stdout(vlm: SteadyVlm) -> None:
-    assert (
-        json.loads(edgevlm_("bench", "steady", "-r", 2, "--json").stdout)["workload"]["regime"]
-        == "warm-new-image"
-    )
+    assert json.loads(edgevlm_("bench", "steady", "-r", 2, "--json").stdout)["workload"]["regime"] == "warm-new-image"
 
 
 def test_bench_lengthens_the_prompt(vlm: SteadyVlm) -> None:
@@ -110,7 +106,8 @@ def test_bench_lengthens_the_prompt(vlm: SteadyVlm) -> None:
 def test_bench_with_a_wrong_golden_answer_exits_with_nine_and_saves_nothing(
     vlm: SteadyVlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(edgevlm.cli.bench, "golden_check", lambda: lambda vlm: "said cat")
+    monkeypatch.setattr(vlm, "info", {"bundle": str(tmp_path / "steady.bundle")})
+    monkeypatch.setattr(edgevlm.bench.measure, "golden_answers_match", lambda vlm: "said cat")
     done = edgevlm_("bench", "steady", "--save", tmp_path / "run.jsonl")
     assert done.exit_code == 9
     assert "said cat" in done.stderr

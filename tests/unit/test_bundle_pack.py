@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_the_same_bundle_gives_the_same_bytes_whoever_packs_it_and_when(
 
 def test_a_damaged_bundle_is_not_packed(tiny_bundle: Path, tmp_path: Path) -> None:
     (tiny_bundle / "tokenizer.json").write_text("[]")
-    with pytest.raises(IntegrityError, match="tokenizer.json was changed"):
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json was changed"):
         pack(tiny_bundle, tmp_path / "tiny.tar")
     assert names(tmp_path) == ["tiny.bundle"]
 
@@ -129,10 +130,8 @@ def test_a_dangerous_archive_is_refused_and_leaves_nothing(
     assert names(tmp_path / "deep") == []
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6])
-def test_an_archive_that_is_cut_short_is_refused_and_leaves_nothing(
-    packed: Path, tmp_path: Path, share: float
-) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 0.4])
+def test_an_archive_that_is_cut_short_is_refused_and_leaves_nothing(packed: Path, tmp_path: Path, share: float) -> None:
     content = packed.read_bytes()
     packed.write_bytes(content[: int(len(content) * share)])
     with pytest.raises((InputError, IntegrityError)):
@@ -170,7 +169,7 @@ def test_an_archive_by_another_tar_is_read(tiny_bundle: Path, tmp_path: Path) ->
 def test_too_many_files_and_too_little_room_are_told_before_writing(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(DoesNotFitError, match="the disk has 1 left"):
         unpack(packed, tmp_path / "out")
     monkeypatch.setattr(pack_module, "MAX_MEMBERS", 3)

@@ -57,7 +57,21 @@ def test_the_sums_are_those_of_sha256sum(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../a", "/etc/passwd", "a/../../b", "", "a//b", "./a", "a\\..\\b", "C:/a", "C:a", "a\nb", "a\0b", "a/..", "a/ /b"],
+    [
+        "../a",
+        "/etc/passwd",
+        "a/../../b",
+        "",
+        "a//b",
+        "./a",
+        "a\\..\\b",
+        "C:/a",
+        "C:a",
+        "a\nb",
+        "a\0b",
+        "a/..",
+        "a/ /b",
+    ],
 )
 def test_a_path_never_leaves_the_folder(tiny_bundle: Path, name: str) -> None:
     with pytest.raises(IntegrityError):
@@ -70,12 +84,21 @@ def test_a_path_never_leaves_the_folder(tiny_bundle: Path, name: str) -> None:
     [
         (lambda root: (root / ENCODER).unlink(), f"{ENCODER} is missing"),
         (lambda root: (root / ENCODER).write_bytes(b"\0" * 9), f"{ENCODER} has 9 bytes, expected 10"),
-        (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json is listed in SHA256SUMS but missing"),
+        (
+            lambda root: (root / "tokenizer.json").unlink(),
+            "tokenizer.json is listed in SHA256SUMS but missing",
+        ),
         (lambda root: (root / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
         (lambda root: (root / "SHA256SUMS").write_text("abc  edgevlm.json\n"), "line 1 is not"),
-        (lambda root: (root / "SHA256SUMS").write_text(f"{'0' * 64}  ../x\n"), "may leave the bundle's folder"),
+        (
+            lambda root: (root / "SHA256SUMS").write_text(f"{'0' * 64}  ../x\n"),
+            "may leave the bundle's folder",
+        ),
         (lambda root: (root / "SHA256SUMS").write_text(f"{'0' * 64}  a\n" * 2), "a is listed twice"),
-        (lambda root: (root / "SHA256SUMS").write_text(f"{'0' * 64}  edgevlm.json\n"), "is not listed in SHA256SUMS"),
+        (
+            lambda root: (root / "SHA256SUMS").write_text(f"{'0' * 64}  edgevlm.json\n"),
+            "is not listed in SHA256SUMS",
+        ),
         (lambda root: (root / "config.json").write_text("{}"), "config.json is not listed in SHA256SUMS"),
         (lambda root: (root / "golden/new.png").write_text("x"), "golden/new.png is not listed"),
         (lambda root: (root / "edgevlm.json").write_text("{"), "not valid JSON"),

@@ -56,7 +56,12 @@ def strict(values: dict[str, Any]) -> Outer:
 
 def test_nested_dataclasses_are_built_wherever_they_stand() -> None:
     outer = strict(
-        {"inner": {"bits": 2}, "layers": [{"bits": 2}, {}], "table": {"a": {"bits": 2}}, "inner_or_none": {"bits": 2}}
+        {
+            "inner": {"bits": 2},
+            "layers": [{"bits": 2}, {}],
+            "table": {"a": {"bits": 2}},
+            "inner_or_none": {"bits": 2},
+        }
     )
     assert outer.inner == outer.table["a"] == outer.inner_or_none == Inner(bits=2)
     assert outer.layers == (Inner(bits=2), Inner(bits=4))
@@ -127,9 +132,7 @@ def test_a_recipe_file_is_read_and_its_errors_carry_the_file(tmp_path: Path) -> 
         from_recipe(Outer, tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", "{", '{"a": ' + "9" * 5000 + "}", "[" * 100_000, "nan nan"]
-)
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": ' + "9" * 5000 + "}", "[" * 100_000, "nan nan"])
 def test_bad_json_is_an_input_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=r"a\.json"):

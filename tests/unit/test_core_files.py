@@ -18,6 +18,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def half_write(path: Path, failure: type[BaseException]) -> None:
+    with atomic_directory(path, overwrite=True) as scratch:
+        (scratch / "deep").mkdir()
+        (scratch / "deep/x").write_text("1")
+        raise failure
+
+
 def test_a_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "a/b/out") as scratch:
         (scratch / "x").write_text("1")
@@ -29,26 +36,23 @@ def test_a_folder_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
 def test_nothing_is_left_when_the_block_fails(tmp_path: Path, failure: type[BaseException]) -> None:
-    with pytest.raises(failure), atomic_directory(tmp_path / "out") as scratch:
-        (scratch / "deep").mkdir()
-        (scratch / "deep/x").write_text("1")
-        raise failure
+    with pytest.raises(failure):
+        half_write(tmp_path / "out", failure)
     assert names(tmp_path) == []
 
 
 def test_what_stood_there_stays_when_the_block_fails(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").write_text("1")
-    with pytest.raises(ValueError), atomic_directory(tmp_path / "out", overwrite=True) as scratch:
-        (scratch / "new").write_text("2")
-        raise ValueError
+    with pytest.raises(ValueError):
+        half_write(tmp_path / "out", ValueError)
     assert names(tmp_path / "out") == ["old"]
 
 
 def test_what_stood_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").write_text("1")
-    with pytest.raises(UsageError, match="exists already.*--overwrite"), atomic_directory(tmp_path / "out"):
+    with pytest.raises(UsageError, match=r"exists already.*--overwrite"), atomic_directory(tmp_path / "out"):
         pass
     with atomic_directory(tmp_path / "out", overwrite=True) as scratch:
         (scratch / "new").write_text("2")
@@ -91,10 +95,11 @@ def test_overwrite_never_deletes_where_the_user_stands_or_lives(
 
 
 def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="exists already"), atomic_directory(tmp_path / "out") as scratch:
-        (scratch / "mine").write_text("1")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/theirs").write_text("2")
+    ours = atomic_directory(tmp_path / "out")
+    ours.__enter__()
+    write_text(tmp_path / "out/theirs", "2")
+    with pytest.raises(UsageError, match="exists already"):
+        ours.__exit__(None, None, None)
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["theirs"]
 
@@ -121,7 +126,10 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(DoesNotFitError, match="out: no space left"), atomic_directory(tmp_path / "out") as scratch:
+    with (
+        pytest.raises(DoesNotFitError, match="out: no space left"),
+        atomic_directory(tmp_path / "out") as scratch,
+    ):
         (scratch / "x").write_text("1")
     assert names(tmp_path) == []
 
@@ -149,9 +157,7 @@ def test_a_file_system_that_cannot_flush_is_no_error(tmp_path: Path, monkeypatch
     assert (tmp_path / "a.txt").read_text() == "1"
 
 
-def test_the_old_folder_comes_back_when_the_last_rename_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").write_text("1")
     rename = Path.rename
@@ -202,10 +208,11 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_only_when_the_block_ends_well(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "a.png") as scratch:
-        assert scratch.suffix == ".png"
-        scratch.write_text("half")
-        raise KeyboardInterrupt
+    writing = atomic_file(tmp_path / "a.png")
+    scratch = writing.__enter__()
+    assert scratch.suffix == ".png"
+    scratch.write_text("half")
+    assert not writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # the interrupt goes on
     assert names(tmp_path) == ["a.png"]
     assert (tmp_path / "a.png").read_text() == "old"
 
@@ -229,7 +236,10 @@ def test_a_folder_or_a_device_is_never_replaced_by_a_file(tmp_path: Path, place:
 
 def test_a_parent_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for write in (lambda: write_text(tmp_path / "file/a.txt", "1"), lambda: write_text(tmp_path / "file/b/a", "1")):
+    for write in (
+        lambda: write_text(tmp_path / "file/a.txt", "1"),
+        lambda: write_text(tmp_path / "file/b/a", "1"),
+    ):
         with pytest.raises(UsageError, match="part of it is a file"):
             write()
 

@@ -174,7 +174,7 @@ def test_nvidia_smi_lists_cards(tmp_path: Path) -> None:
 
 def test_without_nvidia_smi_the_driver_lists_its_cards(tmp_path: Path) -> None:
     files = {
-        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22\n",
+        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu\n",
         "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA T4\nIRQ: 1\n",
         "sys/class/drm/card0/device/vendor": "0x8086\n",
     }
@@ -194,7 +194,11 @@ def test_a_mac_is_read_through_sysctl(tmp_path: Path) -> None:
         "vm_stat": "Mach (page size of 16384 bytes)\nPages free: 100.\nPages inactive: 20.\nPages speculative: 3.\n",
     }
     hardware = probe(tmp_path, tool=tool(answers), system="Darwin")
-    assert (hardware.cpu.model, hardware.cpu.features, hardware.cpu.logical_cores) == ("Apple M2", ("i8mm",), 8)
+    assert (hardware.cpu.model, hardware.cpu.features, hardware.cpu.logical_cores) == (
+        "Apple M2",
+        ("i8mm",),
+        8,
+    )
     assert (hardware.memory.total_bytes, hardware.memory.available_bytes) == (16 << 30, 123 * 16384)
     assert [gpu.name for gpu in hardware.gpus] == ["Apple M2 GPU"]
 

@@ -66,7 +66,7 @@ def test_require_gives_the_module_or_the_command() -> None:
 def test_require_names_the_library_that_really_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "leans_on_another.py").write_text("import no_such_base\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(MissingLibraryError, match="^no_such_base is not installed"):
+    with pytest.raises(MissingLibraryError, match=r"^no_such_base is not installed"):
         require("leans_on_another")
 
 

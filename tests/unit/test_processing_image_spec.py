@@ -90,9 +90,7 @@ def test_nearest_reads_the_corner_without_antialias_and_the_centre_with_it() -> 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (3, 2)])
 @pytest.mark.parametrize("rounding", ["uint8", "float"])
 def test_extreme_shapes_fit(fit: Any, size: tuple[int, int], rounding: Any) -> None:
-    spec = ImageSpec(
-        height=16, width=24, fit=fit, rounding=rounding, filter="bilinear", pad_color=(255, 0, 0)
-    )
+    spec = ImageSpec(height=16, width=24, fit=fit, rounding=rounding, filter="bilinear", pad_color=(255, 0, 0))
     levels = fit_image(Image.new("RGB", size, (255, 0, 0)), spec)
     assert levels.shape == (16, 24, 3)
     assert np.abs(levels - (255, 0, 0)).max() < 1e-3

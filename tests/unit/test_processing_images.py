@@ -38,12 +38,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
@@ -219,9 +214,7 @@ def test_too_many_bytes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_image(tmp_path / "big.png", ImageLimits(max_bytes=99))
 
 
-@pytest.mark.parametrize(
-    "error", [SyntaxError("x"), ValueError("x"), struct.error("x"), EOFError(), KeyError(1)]
-)
+@pytest.mark.parametrize("error", [SyntaxError("x"), ValueError("x"), struct.error("x"), EOFError(), KeyError(1)])
 def test_whatever_pillow_raises_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Image.Image) -> None:
         raise error

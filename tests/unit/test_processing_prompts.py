@@ -142,9 +142,7 @@ def test_missing_or_binary_tokenizer_is_an_integrity_error(tmp_path: Path) -> No
 
 
 def test_template_renders_text_and_pictures(template: ChatTemplate) -> None:
-    rendered = template.render(
-        [user_message("Hi", num_images=1), {"role": "assistant", "content": "Yes"}], False
-    )
+    rendered = template.render([user_message("Hi", num_images=1), {"role": "assistant", "content": "Yes"}], False)
     assert rendered == "<|user|>\n<image>\nHi<|end|>\n<|assistant|>\nYes<|end|>\n"
     assert template.render([user_message("Hi")]).endswith("<|end|>\n<|assistant|>\n")
 

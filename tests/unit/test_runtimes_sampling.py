@@ -29,11 +29,11 @@ def test_top_k_keeps_ties_with_the_last() -> None:
 
 
 def test_top_p_keeps_the_token_that_crosses_the_share() -> None:
-    assert top_p(np.array([0.2, 0.5, 0.3]), 0.6).tolist() == [1, 2]
+    assert top_p(logits(0.2, 0.5, 0.3), 0.6).tolist() == [1, 2]
 
 
 def test_top_p_keeps_at_least_one_token() -> None:
-    assert top_p(np.array([0.2, 0.5, 0.3]), 0.01).tolist() == [1]
+    assert top_p(logits(0.2, 0.5, 0.3), 0.01).tolist() == [1]
 
 
 def test_low_temperature_sharpens() -> None:

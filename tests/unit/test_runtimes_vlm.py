@@ -51,7 +51,7 @@ class CountingSession:
     def encode(self, pixel_values: Float) -> Float:
         self.num_encoded += 1
         index = np.arange(NUM_VISION_TOKENS, dtype=np.float32)
-        return np.tile(pixel_values.mean() + index[None, :, None], (1, 1, 2))
+        return np.tile(index[None, :, None], (1, 1, 2)) + pixel_values.mean(dtype=np.float32)
 
     def embed(self, input_ids: Ints) -> Float:
         return np.stack([input_ids, -input_ids], axis=-1).astype(np.float32)
@@ -75,7 +75,9 @@ class CountingSession:
         self.is_closed = True
 
     def _say(self) -> Float:
-        return 1 + np.eye(300, dtype=np.float32)[self.script.pop(0)]
+        logits = np.ones(300, np.float32)
+        logits[self.script.pop(0)] = 2
+        return logits
 
 
 def processor() -> Processor:
@@ -87,9 +89,7 @@ def processor() -> Processor:
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return Processor(
         image_spec=ImageSpec(height=8, width=8, fit="stretch"),
-        prompt_spec=PromptSpec(
-            image_token="<image>", num_vision_tokens=NUM_VISION_TOKENS, stop_token_ids=(END,)
-        ),
+        prompt_spec=PromptSpec(image_token="<image>", num_vision_tokens=NUM_VISION_TOKENS, stop_token_ids=(END,)),
         tokenizer=Tokenizer(inner),
         template=ChatTemplate(TEMPLATE),
     )
@@ -106,9 +106,7 @@ def _byte_vocab(alphabet: list[str]) -> dict[str, int]:
 
 def make_vlm(*answers: str, max_context: int = 200, image_cache_size: int = 8) -> RuntimeVlm:
     session = CountingSession(list(answers) or ["two"])
-    return RuntimeVlm(
-        session, processor(), name="tiny", max_context=max_context, image_cache_size=image_cache_size
-    )
+    return RuntimeVlm(session, processor(), name="tiny", max_context=max_context, image_cache_size=image_cache_size)
 
 
 def session_of(vlm: RuntimeVlm) -> CountingSession:
@@ -156,6 +154,11 @@ def test_max_tokens_ends_an_answer() -> None:
     assert (answer.text, answer.finish_reason) == ("abc", "length")
 
 
+def test_a_measurement_may_go_on_past_the_stop_token() -> None:
+    answer = make_vlm("abc").ask(None, "Hello", max_tokens=4, ignore_eos=True)
+    assert (len(answer.token_ids), answer.finish_reason) == (4, "length")
+
+
 def test_a_stop_string_ends_an_answer_and_is_not_in_it() -> None:
     answer = make_vlm("yes. No.").ask(None, "Hello", stop=". ")
     assert (answer.text, answer.finish_reason) == ("yes", "stop")
@@ -176,9 +179,7 @@ def test_a_prompt_that_just_fits_gets_one_token() -> None:
 
 def test_a_prompt_beyond_the_context_is_refused_before_any_work() -> None:
     vlm = make_vlm(max_context=11)
-    with pytest.raises(
-        DoesNotFitError, match=r"12 tokens \(4 of them vision tokens\), the context of tiny holds 11"
-    ):
+    with pytest.raises(DoesNotFitError, match=r"12 tokens \(4 of them vision tokens\), the context of tiny holds 11"):
         vlm.ask(image(), "Hello")
     assert (session_of(vlm).num_prefilled, session_of(vlm).num_encoded) == ([], 0)
 

@@ -90,7 +90,6 @@ def test_a_caption_names_each_row_from_left_to_right() -> None:
     sign, ball = _item("sign", "orange", 0, "STOP"), _item("ball", "red", 0, "7")
     star = _item("star", "blue", 1)
     assert caption(_scene("shelf", 2, sign, ball, star)) == (
-        "An orange sign saying STOP and a red ball with 7 are on the upper shelf. "
-        "A blue star is on the lower shelf."
+        "An orange sign saying STOP and a red ball with 7 are on the upper shelf. A blue star is on the lower shelf."
     )
     assert caption(_scene("floor", 1, _item("cross", "white", 0))) == "A white cross is on the floor."

@@ -98,9 +98,7 @@ def make_scene(seed: int, index: int) -> Scene:
     surface = dice.pick(SURFACES)
     row_lengths = _split_into_rows(dice, surface, 2 + dice.below(5))
     looks = iter(_distinct_looks(dice, sum(row_lengths)))
-    rows = [
-        [_furnish(dice, *next(looks), row) for _ in range(length)] for row, length in enumerate(row_lengths)
-    ]
+    rows = [[_furnish(dice, *next(looks), row) for _ in range(length)] for row, length in enumerate(row_lengths)]
     baselines = _baselines(dice, surface, row_lengths)
     placed: list[SceneObject] = []
     for row, baseline in zip(rows, baselines, strict=True):

@@ -1,8 +1,9 @@
 """A small hybrid encoder: convolutions first, attention where the grid is small.
 
-The idea is FastViT's (Vasu et al. 2023, arXiv:2303.14189): mix tokens with a depthwise convolution whose residual
-folds into its weights, and channels with 1x1 convolutions.  ``reparameterize`` folds every batch norm and that
-residual, after which the encoder computes the same with fewer layers and cannot be trained further.
+The idea is FastViT's (Vasu et al. 2023, arXiv:2303.14189): mix tokens with a depthwise convolution whose
+residual folds into its weights, and channels with 1x1 convolutions.  ``reparameterize`` folds every batch
+norm and that residual, after which the encoder computes the same with fewer layers and cannot be trained
+further.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class HybridEncoder(nn.Module):
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.stem = nn.Sequential(
-            ConvNorm(3, widths[0] // 2, 3, stride=2), nn.GELU(), ConvNorm(widths[0] // 2, widths[0], 3, stride=2), nn.GELU()
+            ConvNorm(3, widths[0] // 2, 3, stride=2),
+            nn.GELU(),
+            ConvNorm(widths[0] // 2, widths[0], 3, stride=2),
+            nn.GELU(),
         )
         stages: list[nn.Module] = []
         for index, (width, depth) in enumerate(zip(widths, config.depths, strict=True)):
@@ -137,7 +141,8 @@ class ConvNorm(nn.Module):
         size, stride = (old.kernel_size[0], old.kernel_size[1]), (old.stride[0], old.stride[1])
         padding = (size[0] // 2, size[1] // 2)
         conv = nn.Conv2d(old.in_channels, old.out_channels, size, stride=stride, padding=padding, groups=old.groups)
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         with torch.no_grad():
             scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
             conv.weight.copy_(old.weight * scale.view(-1, 1, 1, 1))

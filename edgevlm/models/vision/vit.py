@@ -1,7 +1,7 @@
 """A plain vision transformer.
 
-Source: Dosovitskiy et al. 2020, arXiv:2010.11929, in SigLIP's layout (Zhai et al. 2023, arXiv:2303.15343): no class
-token, tanh GELU, a LayerNorm after the last block.
+Source: Dosovitskiy et al. 2020, arXiv:2010.11929, in SigLIP's layout (Zhai et al. 2023, arXiv:2303.15343):
+no class token, tanh GELU, a LayerNorm after the last block.
 """
 
 from __future__ import annotations

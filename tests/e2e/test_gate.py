@@ -1,0 +1,163 @@
+"""The gate catches what silently makes an export another model, and names the stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from edgevlm.bundle.write import write_sums
+from edgevlm.cli.app import app
+from edgevlm.models.decoder import rotary_table
+from edgevlm.verify import verify_bundle
+
+Edit = Callable[[str, np.ndarray], np.ndarray]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def edit_weights(bundle: Path, part: str, edits: dict[str, Edit]) -> None:
+    """Change weights of a part by name, and make the hashes fit again."""
+    path = bundle / "onnx" / f"{part}.onnx"
+    model = ir.load(path)
+    for name, edit in edits.items():
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(edit(name, value.const_value.numpy()), name=name)
+    ir.save(model, path)
+    reseal(bundle)
+
+
+def edit_image_spec(bundle: Path, **changes: object) -> None:
+    manifest = json.loads((bundle / "edgevlm.json").read_text())
+    manifest["image"].update(changes)
+    (bundle / "edgevlm.json").write_text(json.dumps(manifest))
+    reseal(bundle)
+
+
+def reseal(bundle: Path) -> None:
+    """Fit lengths and hashes to the changed files: the damage is to the numbers, not to the copy."""
+    manifest = json.loads((bundle / "edgevlm.json").read_text())
+    manifest["file_bytes"] = {name: (bundle / name).stat().st_size for name in manifest["file_bytes"]}
+    (bundle / "edgevlm.json").write_text(json.dumps(manifest))
+    write_sums(bundle)
+
+
+def assert_caught(bundle: Path, stage: str) -> None:
+    result = CliRunner().invoke(app, ["verify", str(bundle), "-q"])
+    assert result.exit_code == 4
+    assert f"stage {stage} differs from PyTorch" in result.stderr
+
+
+def scale(name: str, weight: np.ndarray) -> np.ndarray:
+    return weight * np.float32(1.05)
+
+
+def matrices(bundle: Path, part: str) -> list[str]:
+    """Names of a part's float weights with two or more axes."""
+    graph = ir.load(bundle / "onnx" / f"{part}.onnx").graph
+    return [
+        str(name)
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.dtype == ir.DataType.FLOAT
+        and len(value.const_value.shape) > 1
+    ]
+
+
+def test_an_untouched_bundle_passes(bundle: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(bundle), "--json", "-q"])
+    assert result.exit_code == 0
+    verification = json.loads(result.stdout)
+    assert verification["passed"]
+    assert all(stage["max_abs"] <= 1e-4 for stage in verification["stages"])
+
+
+def test_every_matrix_of_the_encoder_and_the_decoder_counts(bundle: Path, tiny_bundle: Path) -> None:
+    """Scaling any one of them by 1.05 is caught in the stage that computes with it."""
+    stages = {"vision_encoder": "image_features", "decoder_model_merged": "prefill_logits"}
+    for part, stage in stages.items():
+        for name in matrices(tiny_bundle, part):
+            if name.startswith("rotary"):
+                continue
+            shutil.copytree(tiny_bundle, bundle, dirs_exist_ok=True)
+            edit_weights(bundle, part, {name: scale})
+            broken = verify_bundle(bundle).broken
+            assert broken is not None, f"{name} scaled by 1.05 was not caught"
+            assert broken.stage == stage, name
+
+
+@pytest.mark.parametrize(
+    ("part", "weight", "stage"),
+    [
+        ("embed_tokens", "weight", "inputs_embeds"),
+        ("decoder_model_merged", "lm_head.weight", "prefill_logits"),
+        ("decoder_model_merged", "layers.1.mlp.down_proj.weight", "prefill_logits"),
+    ],
+)
+def test_a_scaled_weight_exits_with_4(bundle: Path, part: str, weight: str, stage: str) -> None:
+    edit_weights(bundle, part, {weight: scale})
+    assert_caught(bundle, stage)
+
+
+def test_swapped_weights_are_caught(bundle: Path) -> None:
+    names = ["layers.0.mlp.down_proj.weight", "layers.1.mlp.down_proj.weight"]
+    graph = ir.load(bundle / "onnx" / "decoder_model_merged.onnx").graph
+    weights = {name: np.array(graph.initializers[name].const_value.numpy()) for name in names}  # type: ignore[union-attr]
+    edit_weights(
+        bundle,
+        "decoder_model_merged",
+        {n: lambda name, _: weights[names[1 - names.index(name)]] for n in names},
+    )
+    assert_caught(bundle, "prefill_logits")
+
+
+def test_another_rotary_base_is_caught(bundle: Path) -> None:
+    cosine, sine = (t[0, 0].numpy() for t in rotary_table(torch.arange(128).unsqueeze(0), 32, 500_000.0))
+    edit_weights(bundle, "decoder_model_merged", {"rotary.cosine": lambda *_: cosine, "rotary.sine": lambda *_: sine})
+    assert_caught(bundle, "prefill_logits")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0.48, 0.46, 0.41]},
+        {"mean": [0.505, 0.5, 0.5]},
+        {"std": [0.229, 0.224, 0.225]},
+        {"filter": "bilinear"},
+        {"filter": "lanczos"},
+        {"fit": "stretch"},
+        {"channel_order": "bgr"},
+        {"pad_color": [0, 0, 0]},
+        {"antialias": False},
+    ],
+    ids=str,
+)
+def test_other_preprocessing_is_caught(bundle: Path, change: dict[str, object]) -> None:
+    edit_image_spec(bundle, **change)
+    assert_caught(bundle, "pixels")
+
+
+def test_another_chat_template_is_caught(bundle: Path) -> None:
+    template = bundle / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|assistant|>'", "'<|user|>'"))
+    reseal(bundle)
+    assert_caught(bundle, "input_ids")
+
+
+def test_a_stage_of_another_shape_or_with_nan_is_broken(bundle: Path) -> None:
+    edit_weights(bundle, "decoder_model_merged", {"lm_head.weight": lambda _, weight: weight * np.float32(np.nan)})
+    result = CliRunner().invoke(app, ["verify", str(bundle), "-q"])
+    assert result.exit_code == 4
+    assert "holds NaN or infinity" in result.stderr
