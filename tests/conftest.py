@@ -52,9 +52,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from edgevlm.core.config import to_json
+    from edgevlm.distill.publish import processor_file
     from edgevlm.distill.recipe import Optimization, SceneData, TrainRecipe
-    from edgevlm.distill.trainer import processor_file, texts_of
-    from edgevlm.distill.vocabulary import save_tokenizer, train_tokenizer
+    from edgevlm.distill.vocabulary import save_tokenizer, texts_of, train_tokenizer
     from edgevlm.evaluation.scenes import make_scene
     from edgevlm.models.checkpoint import save_native
     from edgevlm.models.vlm import Vlm

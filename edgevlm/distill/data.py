@@ -35,6 +35,7 @@ from edgevlm.evaluation.scenes.asking import CAPTION_KIND, CAPTION_PROMPT
 
 Encode = Callable[[str], list[int]]
 IGNORED = -100
+LENGTH_STEP = 32  # kernels are prepared, and memory kept, per shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,9 @@ def pack(asked: Sequence[Question], encode: Encode, num_vision_tokens: int, *, c
 
 
 def collate(packed: Sequence[Packed], pixel_values: Tensor, scenes: Sequence[Scene]) -> Batch:
-    """Pad to the longest sequence; padding is a block of its own that nobody sees."""
-    T = max(len(one.input_ids) for one in packed)
+    """Pad to the longest sequence, rounded up so that few shapes occur; nobody sees the padding."""
+    longest = max(len(one.input_ids) for one in packed)
+    T = -(-longest // LENGTH_STEP) * LENGTH_STEP
 
     def padded(rows: Sequence[list[int]], fill: int) -> Tensor:
         return torch.tensor([row + [fill] * (T - len(row)) for row in rows])

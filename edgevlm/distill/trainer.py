@@ -1,8 +1,6 @@
 """One training loop: on one process or, under torchrun, on several that share every step.
 
-A run lives in a folder: ``checkpoint.safetensors`` (weights and both AdamW moments), ``state.json`` (the
-step), ``log.jsonl``, and the tokenizer.  Data follow from the step alone, so a resumed run continues as if
-never stopped.
+Data follow from the step alone, so a resumed run continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -12,51 +10,26 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edgevlm.core.config import to_json
-from edgevlm.core.files import atomic_file, write_text
 from edgevlm.distill import data
 from edgevlm.distill.facts import FactsHead
+from edgevlm.distill.publish import publish
 from edgevlm.distill.recipe import TrainRecipe
-from edgevlm.distill.vocabulary import END, IMAGE, save_tokenizer, train_tokenizer
-from edgevlm.evaluation.scenes import Scene, caption, make_scene, questions
-from edgevlm.evaluation.scenes.asking import CAPTION_PROMPT
-from edgevlm.models.checkpoint import ProcessorFile, save_native
-from edgevlm.models.vision.hybrid import reparameterize
+from edgevlm.distill.run import Run, resume, save
+from edgevlm.distill.vocabulary import encoder, save_tokenizer, texts_of, train_tokenizer
+from edgevlm.evaluation.scenes import make_scene
 from edgevlm.models.vlm import Vlm
-from edgevlm.processing.image_spec import ImageSpec
-from edgevlm.processing.processor import PromptSpec
-from edgevlm.shapes.config import HybridConfig
 
 Report = Callable[[dict[str, float]], None]
-
-PAD_COLOR = (128, 128, 128)
-
-
-@dataclass
-class Run:
-    """Everything that changes while a model learns."""
-
-    recipe: TrainRecipe
-    model: Vlm
-    facts: FactsHead
-    optimizer: torch.optim.AdamW
-    encode: data.Encode
-    pictures: NDArray[np.uint8]
-    rank: int = 0
-    world: int = 1
-    step: int = 0
 
 
 def train(recipe: TrainRecipe, folder: Path, cache: Path, *, report: Report) -> Vlm:
@@ -72,34 +45,6 @@ def train(recipe: TrainRecipe, folder: Path, cache: Path, *, report: Report) -> 
         if rank == 0:
             publish(run.model, recipe, folder)
     return run.model.eval()
-
-
-def publish(model: Vlm, recipe: TrainRecipe, folder: Path) -> None:
-    """Make the run's folder a checkpoint: weights in inference form as float16, config and processor."""
-    model = reparameterize(model)
-    if isinstance(recipe.model.vision, HybridConfig):
-        model.config = replace(recipe.model, vision=replace(recipe.model.vision, reparameterized=True))
-    save_native(model, folder)
-    write_text(folder / "processor.json", to_json(processor_file(recipe, folder)))
-
-
-def processor_file(recipe: TrainRecipe, folder: Path) -> ProcessorFile:
-    """What the model was trained to read: pictures padded to a square, and the run's own tokenizer."""
-    size = recipe.model.vision.image_size
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    image = ImageSpec(
-        height=size,
-        width=size,
-        fit="pad",
-        filter="bicubic",
-        mean=recipe.mean,
-        std=recipe.std,
-        pad_color=PAD_COLOR,
-    )
-    prompt = PromptSpec(
-        image_token=IMAGE, num_vision_tokens=recipe.model.num_vision_tokens, stop_token_ids=(vocabulary[END],)
-    )
-    return ProcessorFile(image=asdict(image), prompt=asdict(prompt), suite=recipe.suite)
 
 
 def start(recipe: TrainRecipe, folder: Path, cache: Path, rank: int, world: int) -> Run:
@@ -135,7 +80,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
         optimization = run.recipe.optimization
         for group in run.optimizer.param_groups:
             group["lr"] = optimization.rate(run.step)
-        norm = torch.nn.utils.clip_grad_norm_(_parameters(run), optimization.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(run.parameters(), optimization.gradient_clip)
         run.optimizer.step()
         run.step += 1
         seconds = time.perf_counter() - began
@@ -210,27 +155,6 @@ def tokenizer_of(recipe: TrainRecipe, folder: Path, rank: int) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def texts_of(scene: Scene) -> Iterator[str]:
-    """All that is asked and said of a scene."""
-    for question in questions(scene):
-        yield question.prompt
-        yield question.answer
-    yield CAPTION_PROMPT
-    yield caption(scene)
-
-
-def encoder(tokenizer: Tokenizer) -> data.Encode:
-    """``tokenizer.encode`` that remembers: the same few thousand texts come again and again."""
-    known: dict[str, list[int]] = {}
-
-    def encode(text: str) -> list[int]:
-        if text not in known:
-            known[text] = tokenizer.encode(text).ids
-        return known[text]
-
-    return encode
-
-
 def parameter_groups(model: Vlm, facts: FactsHead, weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; norms, biases and embeddings do not."""
     named = [
@@ -246,7 +170,7 @@ def share_gradients(run: Run) -> None:
     """Average the gradients of all processes."""
     if run.world == 1:
         return
-    gradients = [parameter.grad for parameter in _parameters(run) if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in run.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
     flat /= run.world
@@ -265,47 +189,6 @@ def process_group() -> Iterator[tuple[int, int]]:
     finally:
         if world > 1:
             distributed.destroy_process_group()
-
-
-def save(run: Run, folder: Path) -> None:
-    """Write weights and optimizer moments, then the step that they belong to, in one file each."""
-    tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
-    tensors |= {f"facts.{name}": tensor for name, tensor in run.facts.state_dict().items()}
-    for index, parameter in enumerate(_parameters(run)):
-        for name in ("exp_avg", "exp_avg_sq"):
-            tensors[f"optimizer.{index}.{name}"] = run.optimizer.state[parameter][name]
-    with atomic_file(folder / "checkpoint.safetensors") as scratch:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            scratch,
-            metadata={"step": str(run.step)},
-        )
-
-
-def resume(run: Run, folder: Path) -> None:
-    """Continue from the folder's checkpoint, if there is one."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return
-    tensors = load_file(path)
-    run.model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    run.facts.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("facts.")})
-    run.step = _saved_step(path)
-    for index, parameter in enumerate(_parameters(run)):
-        moments = {name: tensors[f"optimizer.{index}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
-        layout = {name: torch.empty_like(parameter).copy_(tensor) for name, tensor in moments.items()}
-        run.optimizer.state[parameter] = {"step": torch.tensor(float(run.step)), **layout}
-
-
-def _saved_step(path: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file:
-        return int(file.metadata()["step"])
-
-
-def _parameters(run: Run) -> list[torch.nn.Parameter]:
-    return [*run.model.parameters(), *run.facts.parameters()]
 
 
 def _log(run: Run, folder: Path, entry: dict[str, float], report: Report) -> None:

@@ -6,7 +6,7 @@ Any text can be encoded; only the data set's own words are short.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -14,6 +14,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from edgevlm.core.files import write_text
+from edgevlm.evaluation.scenes import Scene, caption, questions
+from edgevlm.evaluation.scenes.asking import CAPTION_PROMPT
 
 USER, ASSISTANT, END, IMAGE, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|pad|>"
 
@@ -60,3 +62,24 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def texts_of(scene: Scene) -> Iterator[str]:
+    """All that is asked and said of a scene."""
+    for question in questions(scene):
+        yield question.prompt
+        yield question.answer
+    yield CAPTION_PROMPT
+    yield caption(scene)
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """``tokenizer.encode`` that remembers: the same few thousand texts come again and again."""
+    known: dict[str, list[int]] = {}
+
+    def encode(text: str) -> list[int]:
+        if text not in known:
+            known[text] = tokenizer.encode(text).ids
+        return known[text]
+
+    return encode

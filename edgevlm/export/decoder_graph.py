@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgevlm.bundle.manifest import TensorSpec
+from edgevlm.core.errors import UnsupportedError
 from edgevlm.export.parts import Part
 from edgevlm.models.decoder import Attention, Decoder, DecoderLayer, RMSNorm, SwiGLU, rotary_table
 from edgevlm.shapes.config import DecoderConfig
@@ -97,6 +98,10 @@ def decoder_graph(part: Part) -> ir.Model:
     """The ONNX model of a ``decoder_model_merged`` part."""
     model = part.model
     config, decoder = model.config.decoder, model.decoder
+    if config.head_dim % 16:
+        raise UnsupportedError(
+            f"GroupQueryAttention turns heads whose size is a multiple of 16, this decoder's is {config.head_dim}"
+        )
     writer = GraphWriter()
     inputs = {spec.name: graph_value(spec) for spec in part.inputs}
     lengths = _lengths(writer, inputs["attention_mask"], config)
