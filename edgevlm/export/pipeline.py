@@ -58,8 +58,7 @@ def export_bundle(
     keep: bool = False,
     report: Report = lambda step: None,
 ) -> Path:
-    """Export ``model`` (folder or shipped name) to the bundle folder ``out``, which appears only when it is
-    whole.
+    """Export ``model`` (folder or shipped name) to the bundle folder ``out``, which appears only when it is whole.
 
     ``half_storage`` stores weights that float16 holds exactly in half the bytes.  Raises ParityError when
     the export is not the same model; with ``keep`` the failed bundle then stays beside ``out`` as

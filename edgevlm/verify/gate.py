@@ -12,7 +12,7 @@ import numpy as np
 
 from edgevlm.bundle.golden import load_golden
 from edgevlm.bundle.read import read_bundle
-from edgevlm.core.errors import EdgeVLMError, ParityError
+from edgevlm.core.errors import EdgeVLMError, IntegrityError, ParityError
 from edgevlm.evaluation.scenes import GENERATOR_VERSION
 from edgevlm.runtimes.open import open_bundle
 from edgevlm.runtimes.session import Float, Ints
@@ -89,8 +89,7 @@ def verify_bundle(path: Path | str, *, runtime: str = "onnxruntime", check: bool
 
 
 def golden_answers_match(vlm: RuntimeVlm) -> str | None:
-    """None when the model still gives its golden ids, else the complaint; a benchmark times only what is
-    right.
+    """None when the model still gives its golden ids, else the complaint; a benchmark times only what is right.
 
     A model that was not opened from a bundle has nothing to be compared with, and passes.
     """
@@ -114,12 +113,15 @@ class GoldenCase:
 
 
 def _cases(root: Path) -> list[GoldenCase]:
+    """Raises IntegrityError when ``golden/`` lacks something that ``golden.record`` writes."""
     tensors, meta = load_golden(root)
     cases = []
-    for number, prompt in enumerate(meta["prompts"]):
-        prefix = f"{number}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        cases.append(GoldenCase(picture=golden.picture(root, number), prompt=prompt, tensors=own))
+    try:
+        for number, prompt in enumerate(meta["prompts"]):
+            own = {name: tensors[f"{number}.{name}"] for name in golden.TENSORS}
+            cases.append(GoldenCase(picture=golden.picture(root, number), prompt=prompt, tensors=own))
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"{root}: golden/ is incomplete ({error}): export the bundle again") from error
     return cases
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgevlm.bundle.golden import save_golden
+from edgevlm.core.errors import DoesNotFitError
 from edgevlm.evaluation.scenes import GENERATOR_VERSION, make_scene, render
 from edgevlm.evaluation.scoring import is_match
 from edgevlm.evaluation.suites import SUITES, Suite
@@ -29,6 +30,10 @@ NUM_GREEDY_IDS = 64
 NUM_LOGIT_STEPS = 8  # decode steps whose logits are kept
 TASK_SCENES, TASK_QUESTIONS = 16, 4
 
+TENSORS = (
+    *("pixel_values", "image_features", "input_ids", "inputs_embeds", "prompt_rows"),
+    *("prefill_logits", "decode_logits", "greedy_ids"),
+)
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -76,17 +81,15 @@ def _record_case(vlm: RuntimeVlm, case: Case) -> Tensors:
     ids = input_ids(processor, case.prompt)
     embeds = session.embed(ids[None])
     rows = place(embeds, features, processor.image_positions(ids))
-    greedy, prefill, decode = continue_greedily(session, rows, min(NUM_GREEDY_IDS, vlm.max_context - len(ids)))
-    return {
-        "pixel_values": pixels,
-        "image_features": features,
-        "input_ids": ids,
-        "inputs_embeds": embeds,
-        "prompt_rows": rows,
-        "prefill_logits": prefill,
-        "decode_logits": decode,
-        "greedy_ids": greedy,
-    }
+    steps = min(NUM_GREEDY_IDS, vlm.max_context - len(ids))
+    if steps < 2:
+        raise DoesNotFitError(
+            f"a context of {vlm.max_context} is too short to verify: the golden prompt has {len(ids)} tokens"
+        )
+    greedy, prefill, decode = continue_greedily(session, rows, steps)
+    return dict(
+        zip(TENSORS, (pixels, features, ids, embeds, rows, prefill, decode, greedy), strict=True),
+    )
 
 
 def continue_greedily(session: Session, rows: Float, steps: int) -> tuple[Ints, Float, Float]:
