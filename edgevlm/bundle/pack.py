@@ -43,20 +43,29 @@ def unpack(file: Path | str, folder: Path | str, *, overwrite: bool = False) -> 
     disk is too small.  Nothing is left behind then.
     """
     file, folder = Path(file), Path(folder)
+    with _opened(file) as stream, atomic_directory(folder, overwrite=overwrite, marker=MANIFEST_FILE) as scratch:
+        _extract(file, stream, scratch)
+        if not (scratch / MANIFEST_FILE).is_file():
+            raise InputError(f"{file} is not a packed bundle: it holds no {MANIFEST_FILE}")
+        manifest = _checked(file, scratch).manifest
+    return Bundle(Path(os.path.realpath(folder)), manifest)
+
+
+def _opened(file: Path) -> IO[bytes]:
     try:
-        with (
-            file.open("rb") as stream,
-            atomic_directory(folder, overwrite=overwrite, marker=MANIFEST_FILE) as scratch,
-        ):
-            _extract(file, stream, scratch)
-            if not (scratch / MANIFEST_FILE).is_file():
-                raise InputError(f"{file} is not a packed bundle: it holds no {MANIFEST_FILE}")
-            manifest = read_bundle(scratch).manifest
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        return file.open("rb")
+    except OSError as error:
         raise InputError(
             f"cannot read {file} ({error.strerror}): give the file that `edgevlm bundle pack` wrote"
         ) from error
-    return Bundle(Path(os.path.realpath(folder)), manifest)
+
+
+def _checked(file: Path, scratch: Path) -> Bundle:
+    """The bundle in ``scratch``; what is wrong with it is told of ``file``, since ``scratch`` will be gone."""
+    try:
+        return read_bundle(scratch)
+    except IntegrityError as error:
+        raise IntegrityError(str(error).replace(str(scratch), str(file))) from error
 
 
 def _member(name: str, path: Path) -> tarfile.TarInfo:

@@ -98,6 +98,8 @@ def _folder(path: Path) -> Path:
         raise InputError(f"{path} is not a folder (a link that leads nowhere?)")
     if (path / MANIFEST_FILE).is_file():
         return Path(os.path.realpath(path))
+    if (path / SUMS_FILE).is_file():
+        raise IntegrityError(f"{path}: {MANIFEST_FILE} is missing: copy or export the bundle again")
     if (path / "config.json").is_file():
         raise InputError(f"{path} looks like a checkpoint, not a bundle: run `edgevlm export {path} OUT` first")
     raise InputError(f"{path} is not a bundle: it holds no {MANIFEST_FILE}")

@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,15 +22,18 @@ from edgevlm.cli import console
 from edgevlm.core.errors import (
     DISK_FULL,
     INTERRUPTED,
+    OUT_OF_MEMORY,
     DoesNotFitError,
     EdgeVLMError,
     UsageError,
     is_disk_full,
+    is_out_of_memory,
 )
 from edgevlm.core.optional import missing_library
 from edgevlm.core.registry import unknown_name
 
 CLOSED_PIPE = 141  # what a shell shows for a program whose reader went away
+MAX_REASON = 400  # letters of an error that nobody foresaw
 
 
 class Verb(NamedTuple):
@@ -117,7 +121,7 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             code = INTERRUPTED
         except Exception as error:
-            code = tell(error)
+            code = _stopped_by(error) or tell(error)
         if code == INTERRUPTED:
             _print_error("interrupted")
         _drop_unwritten_output()
@@ -159,9 +163,10 @@ def edgevlm(
 
 def main() -> None:
     """The entry point of the ``edgevlm`` command."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _leave)
+    for name, handler in (("SIGINT", _interrupt), ("SIGTERM", _leave), ("SIGHUP", _leave)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP for us
+            signal.signal(number, handler)
     for stream in (sys.stdout, sys.stderr):
         if callable(reconfigure := getattr(stream, "reconfigure", None)):
             reconfigure(errors="backslashreplace")  # what the terminal cannot show is no reason to fail
@@ -222,15 +227,16 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{usage()}{hint}", int(getattr(error, "exit_code", UsageError.exit_code))
     if isinstance(error, EdgeVLMError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError):
-        return "out of memory: close other programs or take a smaller model", DoesNotFitError.exit_code
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY, DoesNotFitError.exit_code
     if is_disk_full(error):
         return f"{getattr(error, 'filename', None) or 'output'}: {DISK_FULL}", DoesNotFitError.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "edgevlm").startswith("edgevlm"):
         missing = missing_library(error, error.name or "")
         return str(missing), missing.exit_code
     hint = "" if console.settings.verbose else " (run again with -v for the traceback)"
-    return f"unexpected {type(error).__name__}: {error}{hint}", EdgeVLMError.exit_code
+    reason = textwrap.shorten(str(error), MAX_REASON, placeholder=" ...")  # PyTorch adds its own C++ stack
+    return f"unexpected {type(error).__name__}: {reason}{hint}", EdgeVLMError.exit_code
 
 
 def _print_error(line: str) -> None:
@@ -249,7 +255,22 @@ def _drop_unwritten_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _stopped_by(error: Exception) -> int:
+    """The exit code of the signal behind ``error``, else 0.
+
+    A library that a signal interrupts while it is imported may swallow that, and fail of something else.
+    """
+    return 128 + console.settings.signal if console.settings.signal and not isinstance(error, EdgeVLMError) else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """On Ctrl-C: what Python does, and remember it."""
+    console.settings.signal = number
+    raise KeyboardInterrupt
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     """On SIGTERM or SIGHUP: unwind like any exit, so that half-written output is removed; once."""
     signal.signal(number, signal.SIG_IGN)
+    console.settings.signal = number
     raise SystemExit(128 + number)

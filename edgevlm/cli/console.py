@@ -24,10 +24,14 @@ PLAIN_EVERY_S = 10.0
 
 @dataclass
 class Settings:
-    """How much to say: ``quiet`` leaves errors, ``verbose`` adds debug lines and tracebacks."""
+    """How much to say: ``quiet`` leaves errors, ``verbose`` adds debug lines and tracebacks.
+
+    ``signal`` is the last one that asked this process to stop, 0 without.
+    """
 
     quiet: bool = False
     verbose: bool = False
+    signal: int = 0
 
 
 settings = Settings()  # of this process; `-q` and `-v` set it before a verb runs

@@ -141,6 +141,7 @@ def read_lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
+            console.settings.signal = 0  # it asked for a new line, not for an end
             say("\n(/quit or Ctrl-D leaves)")
             continue
         if line.strip():

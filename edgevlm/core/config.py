@@ -164,13 +164,22 @@ def _convert_union(choices: tuple[Any, ...], value: Any, strict: bool, where: st
             return _convert(choice, value, strict, where)
         except ConfigError as error:
             errors[choice] = error
-    tables = [error for choice, error in errors.items() if dataclasses.is_dataclass(choice)]
+    tables = [
+        error for choice, error in errors.items() if dataclasses.is_dataclass(choice) and _is_tagged(choice, value)
+    ]
     others = [choice for choice in choices if choice is not type(None)]
     if len(others) == 1:
         raise errors[others[0]]
     if isinstance(value, Mapping) and len(tables) == 1:
         raise tables[0]
     raise ConfigError(f"{where} must be {' or '.join(map(_hint_name, others))}; found {_shown(value)}")
+
+
+def _is_tagged(kind: Any, value: Any) -> bool:
+    """Whether every tag in ``value`` is one that the dataclass ``kind`` goes by, so that the rest is its affair."""
+    hints = get_type_hints(kind) if isinstance(value, Mapping) else {}
+    tags = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    return all(value[name] in choices for name, choices in tags.items() if name in value)
 
 
 def _convert_literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 
 INTERRUPTED = 130
 DISK_FULL = "no space left on the disk; free some or choose another folder"
+FILE_TOO_LARGE = "larger than a file may be on this disk or for this user; choose another folder"
+OUT_OF_MEMORY = "out of memory: close other programs or take a smaller model"
 
 
 class EdgeVLMError(Exception):
@@ -104,6 +106,8 @@ def translate_disk_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise DoesNotFitError(f"{what}: {DISK_FULL}") from error
+        if _is_too_large(error):
+            raise DoesNotFitError(f"{what}: {FILE_TOO_LARGE}") from error
         if isinstance(error, OSError) and (reason := _refusal(error)):
             raise UsageError(f"{error.filename or what}: {reason}; choose another folder") from error
         raise
@@ -117,6 +121,19 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "No space left on device" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory is short; PyTorch says so with a RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )
+
+
+def _is_too_large(error: Exception) -> bool:
+    """FAT ends at 4 GiB a file, and a user may have a limit (``ulimit -f``)."""
+    return error.errno == errno.EFBIG if isinstance(error, OSError) else "File too large" in str(error)
 
 
 def _refusal(error: OSError) -> str | None:

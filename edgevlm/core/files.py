@@ -9,7 +9,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgevlm.core.errors import UsageError, translate_disk_errors
@@ -43,8 +43,9 @@ def atomic_directory(path: Path, *, overwrite: bool = False, marker: str | None 
             scratch.mkdir()
             yield scratch
             _sync_tree(scratch)
-            _refuse_to_replace(path, overwrite, marker)  # someone else may have been faster
-            _swap(scratch, path)
+            with _alone_in(path.parent):
+                _refuse_to_replace(path, overwrite, marker)  # someone else may have been faster
+                _swap(scratch, path)
             _sync(path.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -54,9 +55,10 @@ def atomic_directory(path: Path, *, overwrite: bool = False, marker: str | None 
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a sibling file name that replaces ``path`` when the block ends well.
 
-    The sibling is an empty file with the same ending, and gets the permissions of the file that it replaces.
-    A link is followed.  Raises UsageError when ``path`` is a folder or a device, DoesNotFitError on a full
-    disk.
+    The sibling is an empty file with the same ending.  In the end it has the permissions of the file that it
+    replaces, or a new file's usual ones, whatever wrote it.  A link is followed.
+
+    Raises UsageError when ``path`` is a folder or a device, DoesNotFitError on a full disk.
     """
     path = Path(os.path.realpath(path))
     with translate_disk_errors(str(path)):
@@ -66,9 +68,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         scratch = _sibling(path, f".{secrets.token_hex(4)}.partial{path.suffix[:20]}")
         try:
             scratch.touch(exist_ok=False)
+            usual = scratch.stat().st_mode
             yield scratch
-            if path.exists():
-                scratch.chmod(stat.S_IMODE(path.stat().st_mode))
+            scratch.chmod(stat.S_IMODE(path.stat().st_mode if path.exists() else usual))
             _sync(scratch)
             scratch.replace(path)
             _sync(path.parent)
@@ -127,16 +129,33 @@ def _swap(scratch: Path, path: Path) -> None:
         scratch.rename(path)
         return
     old = scratch.with_suffix(".old")
-    path.rename(old)
     try:
+        path.rename(old)
         scratch.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
+    finally:
+        if not os.path.lexists(path):
+            old.rename(path)  # it failed or was interrupted in between
+        elif old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let no other process look and swap in ``folder`` meanwhile, where the system has such locks."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems do not lock folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync_tree(folder: Path) -> None:

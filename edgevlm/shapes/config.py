@@ -98,6 +98,8 @@ class HybridConfig:
         check_positive(self, "image_size", "mlp_ratio", "head_dim")
         if not self.widths or len(self.widths) != len(self.depths):
             raise ConfigError(f"widths {self.widths} and depths {self.depths} must be of one length, at least 1")
+        if min(self.widths) < 1 or min(self.depths) < 0:
+            raise ConfigError(f"widths {self.widths} must be at least 1 each, depths {self.depths} at least 0")
         if self.image_size % self.stride:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of the encoder's stride {self.stride}")
         if self.widths[-1] % self.head_dim:
