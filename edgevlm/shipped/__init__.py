@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from edgevlm.core.errors import InputError, UnsupportedError
+from edgevlm.core.errors import InputError, UnsupportedError, UsageError
 from edgevlm.core.registry import unknown_name
 
 HERE = Path(__file__).parent
@@ -12,24 +13,20 @@ MODELS = ("nano",)
 DEMO_IMAGE = HERE / "demo.png"
 
 
-def find_bundle(bundle: str) -> Path:
+def find_bundle(bundle: str | Path) -> Path:
     """The bundle that ``bundle`` names: a shipped name, or the folder itself, whatever stands there.
 
-    Raises UnsupportedError for a bare name that is neither.
+    Raises UnsupportedError for a bare name that is neither, UsageError for one that is both.
     """
-    if bundle in MODELS:
-        return HERE / f"{bundle}.bundle"
-    return _folder(bundle, "bundle")
+    return _shipped(bundle, "bundle", ".bundle") or Path(bundle)
 
 
-def find_weights(model: str) -> Path:
+def find_weights(model: str | Path) -> Path:
     """The folder of weights that ``model`` names: a shipped name, or a folder with config.json.
 
-    Raises UnsupportedError for a bare name that is neither, InputError for a path without a model.
+    Raises like ``find_bundle``, and InputError for a path without a model.
     """
-    if model in MODELS:
-        return HERE / model
-    folder = _folder(model, "model")
+    folder = _shipped(model, "model", "") or Path(model)
     if (folder / "edgevlm.json").is_file():
         raise InputError(f"{folder} is a bundle, not a model: give the checkpoint that it was exported from")
     if not (folder / "config.json").is_file():
@@ -38,9 +35,14 @@ def find_weights(model: str) -> Path:
     return folder
 
 
-def _folder(name: str, kind: str) -> Path:
-    """``name`` as a path, unless it looks like a misspelt shipped name."""
-    folder = Path(name)
-    if len(folder.parts) == 1 and not folder.suffix and not folder.exists():
+def _shipped(name: str | Path, kind: str, suffix: str) -> Path | None:
+    """Where the shipped model called ``name`` stands; None for a path.  A ``Path`` is always a path."""
+    if isinstance(name, Path) or os.path.basename(name) != name:
+        return None
+    if name not in MODELS:
+        if os.path.lexists(name):
+            return None
         raise UnsupportedError(unknown_name(f"shipped {kind}, nor a folder,", name, list(MODELS)))
-    return folder
+    if os.path.lexists(name):
+        raise UsageError(f"{name!r} is a shipped {kind} and also stands in this folder: write ./{name} for the latter")
+    return HERE / f"{name}{suffix}"
