@@ -5,7 +5,8 @@ ROOT := $(shell cd "$$(dirname '$(strip $(MAKEFILE_LIST))')" && pwd)
 BIN := $(ROOT)/.venv/bin
 SHELL := /bin/sh
 
-# The first Python that starts and is new enough; `make PYTHON=/path/to/python` chooses another.
+# The first Python that starts and is new enough; `make PYTHON=/path/to/python` chooses another, and .venv is
+# built anew when that one has another version.
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python
 PYTHON ?= $(shell for each in $(CANDIDATES); do \
 	"$$each" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$each" && break; done)
@@ -41,4 +42,4 @@ clean:
 
 environment:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found; install one, or: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" "$(ROOT)/.ci/environment.py"
+	@"$(PYTHON)" "$(ROOT)/.ci/environment.py"$(if $(filter file,$(origin PYTHON)),, --this-python)

@@ -1,8 +1,9 @@
 """Make ``.venv`` hold this repository and what it needs.  Standard library only.
 
-    python3 .ci/environment.py
+    python3 .ci/environment.py [--this-python]
 
 Ready already: ends at once.  Interrupted before: goes on from there.  Started twice: the second one waits.
+With ``--this-python``, which ``make PYTHON=...`` passes, a ``.venv`` of another Python version is built anew.
 What "ready" means is a fingerprint of the files that decide what gets installed.
 """
 
@@ -34,8 +35,11 @@ NO_ENSUREPIP = f"""\
 def main() -> None:
     """Install unless installed; ends the process with one line when that is impossible."""
     if sys.version_info < (3, 10):  # noqa: UP036  `make PYTHON=...` may name an older one
-        sys.exit(f"Python 3.10 or newer is needed; {sys.executable} is {sys.version.split()[0]}")
+        sys.exit(f"Python 3.10 or newer is needed; {sys.executable} is {this_version()}")
     with only_one():
+        if "--this-python" in sys.argv[1:] and (found := version_in_venv()) not in (None, this_version()):
+            say(f".venv holds Python {found}, PYTHON asks for {this_version()}: building it anew")
+            create()
         if not is_ready():
             install()
 
@@ -70,14 +74,32 @@ def install() -> None:
     started = time.monotonic()
     STAMP.unlink(missing_ok=True)
     if not has_pip():
-        if importlib.util.find_spec("ensurepip") is None:
-            sys.exit(NO_ENSUREPIP)
-        say(f"creating {VENV} with Python {sys.version.split()[0]} ({sys.executable})")
-        run([sys.executable, "-m", "venv", "--clear", str(VENV)])
-    say(f"installing edgevlm[{EXTRAS}] into .venv: once, about 2 GB, a minute or more")
+        create()
+    say(f"installing edgevlm[{EXTRAS}] into .venv: once, about 1.7 GB with a CPU build of PyTorch, a minute or more")
     run([str(PYTHON), "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", f".[{EXTRAS}]"])
     STAMP.write_text(fingerprint())
     say(f"ready after {time.monotonic() - started:.0f} s")
+
+
+def create() -> None:
+    """An empty ``.venv`` with this Python; whatever stood there goes."""
+    if importlib.util.find_spec("ensurepip") is None:
+        sys.exit(NO_ENSUREPIP)
+    say(f"creating {VENV} with Python {this_version()} ({sys.executable})")
+    run([sys.executable, "-m", "venv", "--clear", str(VENV)])
+
+
+def this_version() -> str:
+    """``3.11.7``"""
+    return sys.version.split()[0]
+
+
+def version_in_venv() -> str | None:
+    """The same for the Python in ``.venv``; None where that does not start."""
+    if not PYTHON.exists():
+        return None
+    told = subprocess.run([PYTHON, "-c", "import sys; print(sys.version.split()[0])"], capture_output=True, text=True)
+    return told.stdout.strip() or None
 
 
 def has_pip() -> bool:

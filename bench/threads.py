@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import edgevlm
-from edgevlm.bench.compare import compare
+from edgevlm.bench.comparing import compare
 from edgevlm.bench.measurement import Measurement
 from edgevlm.bench.record import write_measurement
 from edgevlm.bench.report import write_report

@@ -84,7 +84,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = TrainRecipe(
         name="tiny",
         model=config,
-        data=SceneData(num_scenes=1),
+        data=SceneData(num_scenes=64),
         optimization=Optimization(steps=1, warmup_steps=0, decay_steps=0),
     )
     (folder / "processor.json").write_text(to_json(processor_file(recipe, folder)))

@@ -10,6 +10,7 @@ from edgevlm.bench.stats import Summary, summarize
 from edgevlm.runtimes.clock import STAGES
 
 HEADLINE = "warm-new-image"
+GIVEN_IMAGES = "warm-given-images"  # the user's, which repeat; the image cache is off
 BUSY = 0.15  # share of the processors from which other programs deserve a note
 
 
@@ -69,7 +70,7 @@ class Repetition:
     """One question answered; times in milliseconds.
 
     ``ttft_user_ms``: request accepted to first piece of text, image loading and preprocessing included.
-    ``ttft_engine_ms``: vision, embed, prefill and first sample alone.
+    ``ttft_engine_ms``: vision, embed, prefill and the first sample, nothing else.
     ``tpot_ms``: (end to end - ttft_user) / (tokens - 1), None for a single token.
     ``token_gaps_ms``: between consecutive tokens, one fewer than tokens.
     """

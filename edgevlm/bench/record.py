@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edgevlm.bench.measurement import Conditions, Measurement, Memory, Repetition, WarmUp, Workload
-from edgevlm.core.config import from_mapping, read_text
+from edgevlm.core.config import from_mapping, read_text, to_json, to_plain
 from edgevlm.core.errors import ConfigError, InputError
 from edgevlm.core.files import write_text
 
@@ -45,9 +45,9 @@ def to_jsonl(measurement: Measurement) -> str:
         memory=measurement.memory,
         conditions=measurement.conditions,
     )
-    lines: list[dict[str, Any]] = [{"kind": "run", **asdict(header)}]
-    lines += [{"kind": "repetition", **asdict(one)} for one in measurement.repetitions]
-    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    lines: list[dict[str, Any]] = [{"kind": "run", **to_plain(header)}]
+    lines += [{"kind": "repetition", **to_plain(one)} for one in measurement.repetitions]
+    return "".join(to_json(line, indent=None) for line in lines)
 
 
 def read_measurement(path: Path) -> Measurement:

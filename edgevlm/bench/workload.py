@@ -14,12 +14,14 @@ from PIL import Image
 from edgevlm.bench.measurement import Repetition, WarmUp, Workload
 from edgevlm.core.errors import UsageError
 from edgevlm.evaluation.scenes import make_scene, render
+from edgevlm.processing.chat import user_message
 from edgevlm.processing.images import ImageSource
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.vlm import RuntimeVlm
 
 PROMPT = "Describe the picture."
-FILLER = " again"
+# What lengthens a prompt: one of which two copies cost two tokens, then the others for what is missing.
+FILLERS = (" the", " a", " is", " and", " of", " in", " again", "a", ".")
 SCENE_SEED = 20_777  # a series of its own, that no training set or suite draws from
 SMALLEST_SCENE = 16
 
@@ -56,23 +58,37 @@ def image_name(image: ImageSource, index: int = 0) -> str:
     return Path(image).name.encode("utf-8", "replace").decode("utf-8")
 
 
+def num_distinct(images: Sequence[ImageSource]) -> int:
+    """How many of the images differ: files by path, bytes by content, others one by one."""
+    return len({image if isinstance(image, (str, Path, bytes)) else id(image) for image in images})
+
+
 def prompt_of_length(vlm: RuntimeVlm, num_tokens: int, prompt: str = PROMPT) -> str:
     """``prompt``, lengthened until a question about one picture has ``num_tokens`` tokens, vision included.
 
-    Raises UsageError where the vision tokens and ``prompt`` alone are more, or the context is shorter.
+    The count is exact wherever the vocabulary has a filler that costs a single token, else as near below as
+    fillers come; every repetition of a measurement records what it was.  Raises UsageError where the vision
+    tokens and ``prompt`` alone are more, or the context is shorter.
     """
-    shortest = _prompt_tokens(vlm, prompt)
+    shortest = prompt_tokens(vlm, prompt)
     if not shortest <= num_tokens <= vlm.max_context:
         raise UsageError(
             f"a prompt of {num_tokens} tokens is not possible: {vlm.name} needs {shortest} for a picture "
             f"and the shortest question, and its context holds {vlm.max_context}"
         )
-    low, high = 0, num_tokens  # fillers; each one costs at least a token
+    for filler in sorted(FILLERS, key=lambda one: abs(prompt_tokens(vlm, prompt + 2 * one) - shortest - 2)):
+        prompt = _filled(vlm, prompt, filler, num_tokens)
+    return prompt
+
+
+def _filled(vlm: RuntimeVlm, prompt: str, filler: str, num_tokens: int) -> str:
+    """``prompt`` and as many fillers as ``num_tokens`` leaves room for; each one costs a token or more."""
+    low, high = 0, num_tokens - prompt_tokens(vlm, prompt)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = _prompt_tokens(vlm, prompt + FILLER * middle) <= num_tokens
+        fits = prompt_tokens(vlm, prompt + filler * middle) <= num_tokens
         low, high = (middle, high) if fits else (low, middle - 1)
-    return prompt + FILLER * low
+    return prompt + filler * low
 
 
 def warm_up(ask: Callable[[], Repetition]) -> WarmUp:
@@ -123,6 +139,6 @@ def repetition(image: str, answer: Answer) -> Repetition:
     )
 
 
-def _prompt_tokens(vlm: RuntimeVlm, prompt: str) -> int:
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return len(vlm.processor.input_ids([{"role": "user", "content": content}]))
+def prompt_tokens(vlm: RuntimeVlm, prompt: str) -> int:
+    """How many tokens a question about one picture has, vision included."""
+    return len(vlm.processor.input_ids([user_message(prompt, num_images=1)]))

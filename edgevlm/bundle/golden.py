@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edgevlm.bundle.paths import GOLDEN_FOLDER, inside
+from edgevlm.bundle.paths import GOLDEN_FOLDER, META_FILE, TENSORS_FILE, inside
 from edgevlm.core.config import read_json, to_json
 from edgevlm.core.errors import ConfigError, InputError, IntegrityError
 from edgevlm.core.files import atomic_file, write_text
-
-TENSORS_FILE = f"{GOLDEN_FOLDER}/golden.safetensors"
-META_FILE = f"{GOLDEN_FOLDER}/golden.json"
 
 
 def save_golden(root: Path, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:

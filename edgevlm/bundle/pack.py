@@ -8,8 +8,8 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from edgevlm.bundle.paths import MANIFEST_FILE, check_name, plain_files, same_file_key
-from edgevlm.bundle.read import Bundle, read_bundle
+from edgevlm.bundle.paths import MANIFEST_FILE, SUMS_FILE, check_name, same_file_key
+from edgevlm.bundle.read import Bundle, read_bundle, read_sums
 from edgevlm.core.errors import DoesNotFitError, InputError, IntegrityError, UsageError
 from edgevlm.core.files import atomic_directory, atomic_file
 
@@ -20,6 +20,7 @@ CHUNK_BYTES = 1 << 20
 def pack(bundle_dir: Path | str, file: Path | str, *, overwrite: bool = False) -> Path:
     """Write the checked bundle in ``bundle_dir`` to ``file`` and return its path.
 
+    Only files that ``SHA256SUMS`` lists travel; what else lies in the folder stays there.
     Raises what ``read_bundle`` raises; UsageError when ``file`` exists and ``overwrite`` is false, or lies
     inside the bundle.
     """
@@ -29,9 +30,10 @@ def pack(bundle_dir: Path | str, file: Path | str, *, overwrite: bool = False) -
     if bundle.root in file.resolve().parents:
         raise UsageError(f"{file} lies inside the bundle: choose another folder")
     with atomic_file(file) as scratch, tarfile.open(scratch, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name, path in sorted(plain_files(bundle.root), key=lambda item: (item[0] != MANIFEST_FILE, item[0])):
+        for name in sorted({*read_sums(bundle.root), SUMS_FILE}, key=lambda name: (name != MANIFEST_FILE, name)):
+            path = bundle.path(name)
             with path.open("rb") as stream:
-                archive.addfile(_member(check_name(name), path), stream)
+                archive.addfile(_member(name, path), stream)
     return file
 
 

@@ -11,7 +11,10 @@ from edgevlm.core.errors import IntegrityError
 MANIFEST_FILE = "edgevlm.json"
 SUMS_FILE = "SHA256SUMS"
 GOLDEN_FOLDER = "golden"
+TENSORS_FILE = f"{GOLDEN_FOLDER}/golden.safetensors"
+META_FILE = f"{GOLDEN_FOLDER}/golden.json"
 MAX_NAME_BYTES = 240
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def check_name(name: str) -> str:
@@ -46,6 +49,12 @@ def inside(root: Path, name: str) -> Path:
         if step.is_symlink():
             raise IntegrityError(f"{step} is a link; a bundle holds plain files only (copy it with `cp -rL`)")
     return path
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file manager or a file system left the file ``name`` there: it belongs to no bundle."""
+    last = PurePosixPath(name).name
+    return last.startswith("._") or last in LITTER
 
 
 def plain_files(root: Path) -> Iterator[tuple[str, Path]]:

@@ -6,7 +6,10 @@ import logging
 import os
 import re
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgevlm.bundle.hash_cache import HashCache
@@ -14,7 +17,9 @@ from edgevlm.bundle.manifest import Manifest, parse_manifest
 from edgevlm.bundle.paths import (
     GOLDEN_FOLDER,
     MANIFEST_FILE,
+    META_FILE,
     SUMS_FILE,
+    TENSORS_FILE,
     check_name,
     inside,
     plain_files,
@@ -26,9 +31,10 @@ from edgevlm.core.errors import InputError, IntegrityError, translate_disk_error
 logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 16 << 20
-SHARED_FILES = (  # read by name, so SHA256SUMS must cover them wherever they stand
-    *("config.json", "generation_config.json", "preprocessor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+READ_BY_NAME = (  # beside the manifest's own files: where one stands, SHA256SUMS must cover it
+    *("config.json", "generation_config.json", "preprocessor_config.json", "verify.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+    *(META_FILE, TENSORS_FILE, f"{GOLDEN_FOLDER}/[!.]*.png"),
 )
 
 
@@ -51,10 +57,11 @@ def read_bundle(path: Path | str, *, check: bool = True) -> Bundle:
     compares every file with ``SHA256SUMS`` as well: in full the first time, later by size and time
     (see ``hash_cache``).
 
-    Raises InputError when there is no bundle at ``path``, IntegrityError when there is one not to be trusted.
+    Raises InputError when there is no bundle at ``path`` or none that may be read, IntegrityError when there is
+    one not to be trusted.
     """
-    root = _folder(Path(path))
-    with translate_disk_errors(str(root)):
+    with translate_disk_errors(str(path), reading=True):
+        root = _folder(Path(path))
         present = dict(plain_files(root))
         manifest = parse_manifest(_small_json(root / MANIFEST_FILE), where=str(root / MANIFEST_FILE))
         _check_parts(root, manifest, present)
@@ -116,9 +123,7 @@ def _check_parts(root: Path, manifest: Manifest, present: dict[str, Path]) -> No
 
 def _check_coverage(root: Path, manifest: Manifest, present: dict[str, Path], sums: dict[str, str]) -> None:
     """Every file that any room reads must have its hash, and every hash its file."""
-    golden = [name for name in present if name.startswith(f"{GOLDEN_FOLDER}/")]
-    shared = [name for name in SHARED_FILES if name in present]
-    for name in (MANIFEST_FILE, *manifest.files(), *shared, *golden):
+    for name in (MANIFEST_FILE, *manifest.files(), *filter(_is_read_by_name, present)):
         if name not in sums:
             raise IntegrityError(f"{root}: {name} is not listed in {SUMS_FILE}, so it cannot be checked")
     for name in sums:
@@ -128,6 +133,11 @@ def _check_coverage(root: Path, manifest: Manifest, present: dict[str, Path], su
             )
     if len({same_file_key(name) for name in sums}) != len(sums):
         raise IntegrityError(f"{root}: {SUMS_FILE} lists names that differ in upper and lower case only")
+
+
+def _is_read_by_name(name: str) -> bool:
+    """In any spelling that some file system takes for one of the names; other strays are nobody's affair."""
+    return any(fnmatchcase(same_file_key(name), pattern) for pattern in READ_BY_NAME)
 
 
 def _check_hashes(root: Path, sums: dict[str, str]) -> None:
@@ -143,17 +153,24 @@ def _check_hashes(root: Path, sums: dict[str, str]) -> None:
 
 def _small_json(file: Path) -> dict[str, object]:
     _check_small(file)
-    try:
+    with _damaged():
         return read_json(file)
-    except InputError as error:
-        raise IntegrityError(str(error)) from error
 
 
 def _small_text(file: Path) -> str:
     _check_small(file)
-    try:
+    with _damaged():
         return read_text(file)
+
+
+@contextmanager
+def _damaged() -> Iterator[None]:
+    """Wrong content is a damaged bundle; a file that this user may not read is not."""
+    try:
+        yield
     except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         raise IntegrityError(str(error)) from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgevlm.bundle.hash_cache import sha256
 from edgevlm.bundle.manifest import Manifest
-from edgevlm.bundle.paths import MANIFEST_FILE, SUMS_FILE, check_name, inside, plain_files
+from edgevlm.bundle.paths import MANIFEST_FILE, SUMS_FILE, check_name, inside, is_litter, plain_files
 from edgevlm.core.config import to_json
 from edgevlm.core.errors import IntegrityError
 from edgevlm.core.files import write_text
@@ -28,11 +28,12 @@ def write_manifest(root: Path, manifest: Manifest) -> Manifest:
 
 
 def write_sums(root: Path) -> Path:
-    """Write ``SHA256SUMS`` over every file in ``root`` and return its path.
+    """Write ``SHA256SUMS`` over every file in ``root``, but for what file managers leave, and return its path.
 
     ``sha256sum -c SHA256SUMS`` checks it.  Raises IntegrityError when the folder holds a link or a name that
     cannot travel.
     """
-    lines = [f"{sha256(path)}  {check_name(name)}\n" for name, path in plain_files(root) if name != SUMS_FILE]
+    files = [(name, path) for name, path in plain_files(root) if name != SUMS_FILE and not is_litter(name)]
+    lines = [f"{sha256(path)}  {check_name(name)}\n" for name, path in files]
     write_text(root / SUMS_FILE, "".join(lines))
     return root / SUMS_FILE

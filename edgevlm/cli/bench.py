@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgevlm.cli.console import Json, progress
+from edgevlm.cli.console import Json, progress, say
 from edgevlm.core.errors import UsageError
 from edgevlm.core.registry import unknown_name
 
@@ -32,12 +32,14 @@ def command(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Timed answers.")] = 20,
     output: Annotated[str, typer.Option("--output", "-o", help="md, csv, json or jsonl.")] = "md",
     runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Cores to compute with.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Cores to compute with; default: all physical.")
+    ] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Write the raw run to this .jsonl file.")] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the bundle's hashes.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure BUNDLE with a new image in every repetition, after warm-up."""
+    """Measure BUNDLE after warm-up: a new scene in every repetition, or the given images in turn."""
     from edgevlm.bench.record import write_measurement
     from edgevlm.bench.table import FORMATS
     from edgevlm.runtimes.open import open_bundle
@@ -47,7 +49,7 @@ def command(
         raise UsageError(unknown_name("output format", output, list(FORMATS)))
     if save is not None and save.is_dir():
         raise UsageError(f"--save {save} is a folder: name a file, such as {save / 'run.jsonl'}")
-    with open_bundle(bundle, runtime, threads=threads, check=not no_check) as vlm:
+    with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
         question = _question(vlm, prompt, prompt_tokens)
         measurement = _measure(vlm, image or [], question, repetitions, max_tokens)
     typer.echo(FORMATS[output](measurement))
@@ -56,7 +58,7 @@ def command(
 
 
 def _measure(vlm: RuntimeVlm, images: list[Path], prompt: str | None, repetitions: int, max_tokens: int) -> Measurement:
-    from edgevlm.bench.measure import measure
+    from edgevlm.bench.measuring import measure
 
     with progress("warm-up, then repetitions", repetitions) as advance:
         return measure(
@@ -71,8 +73,11 @@ def _measure(vlm: RuntimeVlm, images: list[Path], prompt: str | None, repetition
 
 
 def _question(vlm: RuntimeVlm, prompt: str | None, prompt_tokens: int | None) -> str | None:
-    from edgevlm.bench.workload import PROMPT, prompt_of_length
+    from edgevlm.bench import workload
 
     if prompt_tokens is None:
         return prompt
-    return prompt_of_length(vlm, prompt_tokens, PROMPT if prompt is None else prompt)
+    question = workload.prompt_of_length(vlm, prompt_tokens, workload.PROMPT if prompt is None else prompt)
+    if (found := workload.prompt_tokens(vlm, question)) != prompt_tokens:
+        say(f"the prompt has {found} tokens: nothing that this vocabulary knows makes it {prompt_tokens}")
+    return question

@@ -16,7 +16,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Compare run B with run A: ratio of medians, its interval and a verdict for every figure."""
-    from edgevlm.bench.compare import compare
+    from edgevlm.bench.comparing import compare
     from edgevlm.bench.record import read_measurement
 
     comparison = compare(read_measurement(a), read_measurement(b), names=(str(a), str(b)))

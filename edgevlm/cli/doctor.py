@@ -38,21 +38,13 @@ def advice(hardware: Hardware, onnxruntimes: tuple[str, ...]) -> tuple[str, ...]
     lines = []
     if len(onnxruntimes) > 1:
         names = " ".join(onnxruntimes)
-        lines.append(f"{names} overwrite each other: pip uninstall -y {names} && pip install {onnxruntimes[-1]}")
+        lines.append(f"{names} overwrite each other: pip uninstall -y {names} && pip install onnxruntime")
     if not onnxruntimes:
         lines.append("no bundle can run without ONNX Runtime: pip install onnxruntime")
-    if _has_nvidia_card(hardware) and onnxruntimes == ("onnxruntime",):
-        swap = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-        lines.append(f"ONNX Runtime is the CPU build, though there is an NVIDIA GPU: {swap}")
     if hardware.cpu.usable_cores < hardware.cpu.logical_cores:
         cores = f"{hardware.cpu.usable_cores:g} of {hardware.cpu.logical_cores}"
         lines.append(f"affinity or the container's quota leaves {cores} cores: more threads than that only wait")
     return tuple(lines)
-
-
-def _has_nvidia_card(hardware: Hardware) -> bool:
-    """Jetson is left out: its wheels of ONNX Runtime come from NVIDIA, not from the usual registry."""
-    return hardware.jetson is None and any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus)
 
 
 def _print(diagnosis: Diagnosis) -> None:

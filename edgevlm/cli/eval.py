@@ -1,21 +1,28 @@
-"""``edgevlm eval``"""
+"""``edgevlm eval BUNDLE``: exact-match scores, each beside those of controls that cannot see the picture."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgevlm.cli import console
+from edgevlm.core.optional import versions
 
 if TYPE_CHECKING:
-    from edgevlm.evaluation import Score
+    from edgevlm.evaluation import Control, Score, Suite
+    from edgevlm.runtimes.vlm import RuntimeVlm
+
+DEFAULT_SUITE = "scenes"  # for a bundle whose manifest names none
+LIBRARIES = ("edgevlm", "numpy", "pillow", "onnxruntime", "tokenizers")
+MAX_TOKENS = 32
 
 
 def command(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or a shipped name (nano).")],
-    suite: Annotated[str, typer.Option("--suite", help="Questions to ask.")] = "scenes",
+    suite: Annotated[str | None, typer.Option("--suite", help="Questions to ask; default: the bundle's own.")] = None,
     num_scenes: Annotated[int, typer.Option("--num-scenes", min=2, help="Pictures to ask about.")] = 200,
     controls: Annotated[
         bool,
@@ -23,31 +30,58 @@ def command(
     ] = True,
     runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     as_json: console.Json = False,
 ) -> None:
     """Score BUNDLE on exact-answer questions, beside what a model would score that does not look."""
-    from edgevlm.evaluation import SUITES, majority, score
+    from edgevlm.evaluation import EVAL_SEED, SUITES, majority
     from edgevlm.runtimes.open import open_bundle
 
-    questions = SUITES[suite](num_scenes)
-    asked: Sequence[str | None] = (None, "shuffled", "blank") if controls else (None,)
-    with open_bundle(bundle, runtime, threads=threads) as vlm:
-        scores = []
-        for control in asked:
-            with console.progress(f"{suite}, {control or 'as it is'}", len(questions.items)) as advance:
-                scores.append(
-                    score(
-                        questions,
-                        lambda image, prompt: vlm.ask(image, prompt, max_tokens=32).text,
-                        control=control,  # type: ignore[arg-type]
-                        progress=lambda done, total: advance(1),
-                    )
-                )
-    scores.append(majority(questions))
+    questions = SUITES[suite or _suite_of(bundle)](num_scenes, seed=EVAL_SEED)
+    asked: Sequence[Control | None] = (None, "shuffled", "blank") if controls else (None,)
+    with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
+        scores = [*(_ask(vlm, questions, control) for control in asked), majority(questions)]
     if as_json:
-        console.print_json([one.record() for one in scores])
+        console.print_json(_record(vlm, questions, EVAL_SEED, scores))
     else:
         _show(scores, num_scenes)
+
+
+def _suite_of(bundle: str) -> str:
+    """The suite that the bundle's manifest names; its hashes are compared when it is opened."""
+    from edgevlm.bundle.read import read_bundle
+    from edgevlm.shipped import find_bundle
+
+    return read_bundle(find_bundle(bundle), check=False).manifest.suite or DEFAULT_SUITE
+
+
+def _ask(vlm: RuntimeVlm, questions: Suite, control: Control | None) -> Score:
+    from edgevlm.evaluation import score
+
+    with console.progress(f"{questions.name}, {control or 'as it is'}", len(questions.items)) as advance:
+        return score(
+            questions,
+            lambda image, prompt: vlm.ask(image, prompt, max_tokens=MAX_TOKENS).text,
+            control=control,
+            progress=lambda done, total: advance(1),
+        )
+
+
+def _record(vlm: RuntimeVlm, questions: Suite, seed: int, scores: Sequence[Score]) -> dict[str, Any]:
+    """The scores with all that it takes to get them again."""
+    return {
+        "name": vlm.name,
+        "bundle": vlm.info["bundle"],
+        "bundle_sha256": vlm.info["bundle_sha256"],
+        "runtime": vlm.info["runtime"],
+        "suite": questions.name,
+        "num_scenes": questions.num_images,
+        "num_questions": len(questions.items),
+        "seed": seed,
+        "max_tokens": MAX_TOKENS,
+        "versions": {"python": platform.python_version(), **versions(LIBRARIES)},
+        "scores": [one.record() for one in scores],
+    }
 
 
 def _show(scores: Sequence[Score], num_scenes: int) -> None:

@@ -1,4 +1,4 @@
-"""``edgevlm export``"""
+"""``edgevlm export MODEL OUT``: a bundle that has passed the parity gate, or nothing."""
 
 from __future__ import annotations
 

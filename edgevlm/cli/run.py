@@ -14,6 +14,7 @@ import typer
 from edgevlm.cli import console
 from edgevlm.cli.console import Json, print_json, say
 from edgevlm.core.errors import EdgeVLMError, UsageError
+from edgevlm.runtimes import MAX_TOKENS
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer, AnswerStream
@@ -26,7 +27,7 @@ def command(
     bundle: Annotated[str, typer.Argument(help="Folder that `edgevlm export` wrote, or a shipped name.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question; a chat without.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = MAX_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total share.")] = 1.0,
@@ -34,7 +35,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal answers.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     runtime: Annotated[str, typer.Option(help="What computes; see `edgevlm targets`.")] = "onnxruntime",
-    threads: Annotated[int | None, typer.Option(help="Cores to use; default: all physical.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores to compute with; default: all physical.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     json: Json = False,
 ) -> None:

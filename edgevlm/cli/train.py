@@ -1,4 +1,4 @@
-"""``edgevlm train``"""
+"""``edgevlm train RECIPE OUT``: runs the recipe to its end, from wherever an earlier run stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``edgevlm verify``"""
+"""``edgevlm verify BUNDLE``: the parity gate once more, as a table of stages; exit code 4 when one broke."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def command(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or a shipped name (nano).")],
     runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare the files with their hashes.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     as_json: console.Json = False,
 ) -> None:
     """Compare BUNDLE, stage by stage, with what PyTorch computed when it was exported.  Needs no PyTorch."""
     from edgevlm.verify import verify_bundle
 
     with console.progress(f"verify {bundle}"):
-        verification = verify_bundle(bundle, runtime=runtime, check=not no_check)
+        verification = verify_bundle(bundle, runtime=runtime, check=check)
     if as_json:
         console.print_json(verification)
     else:

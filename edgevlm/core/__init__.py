@@ -1,1 +1,1 @@
-"""What every room leans on: errors, registries, configs, files, hardware.  Standard library only."""
+"""What every room leans on: errors, registries, configs, files, hardware, versions.  Standard library only."""

@@ -22,16 +22,11 @@ def from_recipe(kind: type[C], path: Path) -> C:
     return from_mapping(kind, read_toml(path), strict=True, where=str(path))
 
 
-def from_checkpoint(kind: type[C], values: Mapping[str, Any]) -> C:
-    """Take the fields that ``kind`` knows out of a hub's config; the rest is ignored."""
-    return from_mapping(kind, values, strict=False, where="config.json")
-
-
 def from_mapping(kind: type[C], values: Mapping[str, Any], *, strict: bool, where: str) -> C:
     """Build the dataclass ``kind``, nested dataclasses included.
 
-    Raises ConfigError for a missing or wrongly typed field, and (``strict``) for an unknown one; what the
-    dataclass itself refuses is told with ``where`` in front.
+    Raises ConfigError for a missing or wrongly typed field, and (``strict``) for an unknown one, which is
+    ignored otherwise; what the dataclass itself refuses is told with ``where`` in front.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a table for {kind.__name__}, found {_shown(values)}")

@@ -97,8 +97,11 @@ class BenchmarkError(EdgeVLMError):
 
 
 @contextmanager
-def translate_disk_errors(what: str) -> Iterator[None]:
-    """Turn a full disk, a forbidden folder or an impossible name into one clear error about ``what``."""
+def translate_disk_errors(what: str, *, reading: bool = False) -> Iterator[None]:
+    """Turn a full disk, a forbidden folder or an impossible name into one clear error about ``what``.
+
+    What cannot be read (``reading``) is InputError; what cannot be written is UsageError or DoesNotFitError.
+    """
     try:
         yield
     except EdgeVLMError:
@@ -109,7 +112,10 @@ def translate_disk_errors(what: str) -> Iterator[None]:
         if _is_too_large(error):
             raise DoesNotFitError(f"{what}: {FILE_TOO_LARGE}") from error
         if isinstance(error, OSError) and (reason := _refusal(error)):
-            raise UsageError(f"{error.filename or what}: {reason}; choose another folder") from error
+            place = f"{error.filename or what}: {reason}"
+            if reading:
+                raise InputError(f"{place}; make it readable for this user, or give another") from error
+            raise UsageError(f"{place}; choose another folder") from error
         raise
 
 

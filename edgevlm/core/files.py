@@ -8,12 +8,14 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgevlm.core.errors import UsageError, translate_disk_errors
 
+LOCK_WAIT_S = 10.0  # a swap takes milliseconds; who holds a folder for longer, as flock(1) may, is not swapping
 CANNOT_SYNC = (
     errno.EINVAL,
     errno.ENOTSUP,
@@ -38,6 +40,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False, marker: str | None 
     with translate_disk_errors(str(path)):
         _refuse_to_replace(path, overwrite, marker)
         _make_folder(path.parent)
+        _check_name(path)
         scratch = _sibling(path, f".{secrets.token_hex(4)}.partial")
         try:
             scratch.mkdir()
@@ -65,6 +68,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is {'a folder' if path.is_dir() else 'not a plain file'}: choose another name")
         _make_folder(path.parent)
+        _check_name(path)
         scratch = _sibling(path, f".{secrets.token_hex(4)}.partial{path.suffix[:20]}")
         try:
             scratch.touch(exist_ok=False)
@@ -118,6 +122,12 @@ def _make_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be a folder, because part of it is a file: choose another name") from error
 
 
+def _check_name(path: Path) -> None:
+    """Fail now where renaming to ``path`` would fail in the end: the name may be too long for this disk."""
+    with suppress(FileNotFoundError):
+        os.lstat(path)
+
+
 def _sibling(path: Path, ending: str) -> Path:
     """A hidden name beside ``path``; long names are cut, since file systems allow 255 bytes."""
     return path.with_name(f".{path.name[:40]}{ending}")
@@ -147,15 +157,24 @@ def _alone_in(folder: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
+    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + LOCK_WAIT_S
     try:
         with suppress(OSError):  # some network file systems do not lock folders
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while not _try_lock(handle) and time.monotonic() < deadline:
+                time.sleep(0.02)
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync_tree(folder: Path) -> None:

@@ -148,6 +148,17 @@ def probe(root: Path = Path("/"), *, tool: Tool | None = None, system: str | Non
     )
 
 
+def compute_cores(root: Path = Path("/"), *, tool: Tool | None = None, system: str | None = None) -> int:
+    """Cores worth computing with: the physical ones, but no more than affinity and a container's quota leave.
+
+    Hyper-threads share the arithmetic units that a model keeps busy, so they do not help; a thread beyond the
+    quota makes all others wait.  Reads a few files, and on macOS asks ``sysctl``.
+    """
+    mac = (system or platform.system()) == "Darwin"
+    cpu = _mac_cpu(tool or run_tool) if mac else _linux_cpu(root)
+    return max(1, min(cpu.physical_cores, int(cpu.usable_cores)))
+
+
 def run_tool(command: Sequence[str]) -> str | None:
     """The standard output of ``command``, or None when it is absent, fails or takes over ten seconds."""
     try:
@@ -385,20 +396,24 @@ def _power_mode(root: Path, tool: Tool) -> str | None:
 
 
 def _probe_mac(tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
+    cpu = _mac_cpu(tool)
+    memory = Memory(total_bytes=_number(_sysctl(tool, "hw.memsize")), available_bytes=_mac_available(tool))
+    is_apple = cpu.model.startswith("Apple")
+    return cpu, memory, (Gpu(name=f"{cpu.model} GPU", vendor="Apple", shared_memory=True),) if is_apple else ()
+
+
+def _mac_cpu(tool: Tool) -> Cpu:
     setting = partial(_sysctl, tool)
     model = setting("machdep.cpu.brand_string") or "unknown"
     logical = _number(setting("hw.logicalcpu")) or os.cpu_count() or 1
     features = dict.fromkeys(name for key, name in MAC_FEATURES.items() if setting(key) == "1")
-    cpu = Cpu(
+    return Cpu(
         model=model,
         features=tuple(features),
         physical_cores=_number(setting("hw.physicalcpu")) or logical,
         logical_cores=logical,
         usable_cores=float(logical),
     )
-    memory = Memory(total_bytes=_number(setting("hw.memsize")), available_bytes=_mac_available(tool))
-    gpus = (Gpu(name=f"{model} GPU", vendor="Apple", shared_memory=True),) if model.startswith("Apple") else ()
-    return cpu, memory, gpus
 
 
 def _sysctl(tool: Tool, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -59,20 +60,23 @@ def require(module: str) -> ModuleType:
     """Import ``module``, or raise MissingLibraryError with the command that brings it."""
     try:
         return import_module(module)
-    except ModuleNotFoundError as error:
+    except (ImportError, OSError) as error:
         raise missing_library(error, module) from error
-    except (
-        ImportError,
-        OSError,
-    ) as error:  # installed, but for another system or without its shared libraries
-        reason = f"is installed but does not load ({' '.join(str(error).split())[:200]})"
-        raise MissingLibraryError(module, fix_command(module), reason) from error
 
 
-def missing_library(error: ModuleNotFoundError, wanted: str) -> MissingLibraryError:
-    """The clear error for ``error``: the library that lacks is ``wanted`` or one that it leans on."""
-    library = (error.name or wanted).partition(".")[0]
-    return MissingLibraryError(library, fix_command(library))
+def is_missing(error: ModuleNotFoundError) -> bool:
+    """Whether the whole library behind ``error`` lacks, and not just one module of a library that is there."""
+    return not is_installed((error.name or "").partition(".")[0])
+
+
+def missing_library(error: ImportError | OSError, wanted: str) -> MissingLibraryError:
+    """The clear error for ``error``: ``wanted``, or a library that it leans on, lacks or does not load."""
+    library = (getattr(error, "name", None) or wanted).partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and is_missing(error):
+        return MissingLibraryError(library, fix_command(library))
+    # it is there, but for another system, in another version or without its shared libraries
+    reason = f"is installed but does not load ({' '.join(str(error).split())[:200]})"
+    return MissingLibraryError(library, fix_command(library), reason)
 
 
 def is_installed(module: str) -> bool:
@@ -104,6 +108,15 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of the packages ``names``, without those that are not installed.
+
+    A variant stands under its own name: ``onnxruntime`` may give ``{"onnxruntime-gpu": "1.23.2"}``.
+    """
+    packages = [package for name in names for package in installed_variants(name)]
+    return {package: version for package in packages if (version := package_version(package))}
 
 
 def installed_variants(module: str) -> tuple[str, ...]:

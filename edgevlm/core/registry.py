@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar, cast
 
 from edgevlm.core.errors import UnsupportedError
-from edgevlm.core.optional import missing_library
+from edgevlm.core.optional import is_missing, missing_library
 
 T = TypeVar("T")
 
@@ -17,7 +17,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
     ``kind`` is the word that error messages use.  Packages outside this repository add entries through the
     entry-point ``group``; a name of our own wins.  Looking up an unknown name raises UnsupportedError, which
-    lists the known ones; a library that the entry needs and that is not there raises MissingLibraryError.
+    lists the known ones; so does an entry that names a module which is not there.  A library that the entry
+    needs and that is not installed raises MissingLibraryError.
     """
 
     def __init__(self, kind: str, references: Mapping[str, str], *, group: str | None = None) -> None:
@@ -32,7 +33,9 @@ class Registry(Mapping[str, T], Generic[T]):
         try:
             return cast(T, getattr(import_module(module), attribute))
         except ModuleNotFoundError as error:
-            raise missing_library(error, module) from error
+            if is_missing(error):
+                raise missing_library(error, module) from error
+            raise UnsupportedError(f"{self.kind} {name!r} does not load from {reference!r}: {error}") from error
         except (ImportError, AttributeError) as error:
             if name in self._references:
                 raise

@@ -10,9 +10,12 @@ resumed run sees the same.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgevlm.core.files import atomic_file
+from edgevlm.distill.recipe import TrainRecipe
 from edgevlm.distill.vocabulary import ASSISTANT, END, IMAGE, USER
 from edgevlm.evaluation.scenes import (
     GENERATOR_VERSION,
@@ -122,17 +126,23 @@ def normalized(
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def rendered(num_scenes: int, seed: int, size: int, folder: Path, *, workers: int) -> NDArray[np.uint8]:
-    """All pictures (num_scenes, size, size, 3), memory-mapped; drawn once, then kept in ``folder``."""
+def rendered(recipe: TrainRecipe, folder: Path) -> NDArray[np.uint8]:
+    """All pictures (num_scenes, size, size, 3), memory-mapped; drawn once on every core, then kept in ``folder``."""
+    num_scenes, seed, size = recipe.data.num_scenes, recipe.data.seed, recipe.model.vision.image_size
     path = folder / f"scenes-v{GENERATOR_VERSION}-{seed}-{num_scenes}-{size}.npy"
     if not path.exists():
         header = {"descr": "|u1", "fortran_order": False, "shape": (num_scenes, size, size, 3)}
         jobs = ((seed, index, size) for index in range(num_scenes))
-        with atomic_file(path) as scratch, scratch.open("wb") as file, get_context("spawn").Pool(workers) as pool:
+        with atomic_file(path) as scratch, scratch.open("wb") as file, _pool() as pool:
             np.lib.format.write_array_header_1_0(file, header)
             for picture in pool.imap(_draw, jobs, chunksize=64):
                 file.write(picture)
     return np.load(path, mmap_mode="r")
+
+
+def _pool() -> Pool:
+    """A process per core; Ctrl-C is for the one that waits for them."""
+    return get_context("spawn").Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def _draw(job: tuple[int, int, int]) -> bytes:

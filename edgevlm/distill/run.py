@@ -6,6 +6,7 @@ whole, so a run that is killed goes on from the last one.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edgevlm.core.files import atomic_file
+from edgevlm.core.config import read_json, to_json
+from edgevlm.core.errors import ConfigError
+from edgevlm.core.files import atomic_file, write_text
 from edgevlm.distill.data import Encode
 from edgevlm.distill.facts import FactsHead
 from edgevlm.distill.recipe import TrainRecipe
 from edgevlm.models.vlm import Vlm
 
 CHECKPOINT = "checkpoint.safetensors"
+RECIPE = "recipe.json"
+LEARNED = ("seed", "mean", "std", "model", "data", "optimization")  # what the weights depend on
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each parameter
 
 
@@ -44,8 +49,30 @@ class Run:
         return [*self.model.parameters(), *self.facts.parameters()]
 
 
+def keep_recipe(recipe: TrainRecipe, folder: Path) -> None:
+    """Note in ``folder`` what is trained there.  Raises ConfigError when that is another recipe.
+
+    Only the length of the run may change: everything else would make the steps before and after two models.
+    """
+    path, now = folder / RECIPE, json.loads(to_json(recipe))
+    if path.exists():
+        before = read_json(path)
+        changed = [name for name in LEARNED if _without_length(now[name]) != _without_length(before.get(name))]
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with another {', '.join(changed)}: take a new folder, or the recipe in {path}"
+            )
+    write_text(path, to_json(recipe))
+
+
+def _without_length(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if name not in ("steps", "decay_steps")}
+
+
 def save(run: Run, folder: Path) -> None:
-    """Write weights and optimizer moments, then the step that they belong to, in one file each."""
+    """Write weights, optimizer moments and the step that they belong to."""
     tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
     tensors |= {f"facts.{name}": tensor for name, tensor in run.facts.state_dict().items()}
     for index, parameter in enumerate(run.parameters()):

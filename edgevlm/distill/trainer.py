@@ -20,11 +20,12 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edgevlm.core.errors import ConfigError
 from edgevlm.distill import data
 from edgevlm.distill.facts import FactsHead
 from edgevlm.distill.publish import publish
 from edgevlm.distill.recipe import TrainRecipe
-from edgevlm.distill.run import Run, resume, save
+from edgevlm.distill.run import Run, keep_recipe, resume, save
 from edgevlm.distill.vocabulary import encoder, save_tokenizer, texts_of, train_tokenizer
 from edgevlm.evaluation.scenes import make_scene
 from edgevlm.models.vlm import Vlm
@@ -35,6 +36,10 @@ Report = Callable[[dict[str, float]], None]
 def train(recipe: TrainRecipe, folder: Path, cache: Path, *, report: Report) -> Vlm:
     """Train to the recipe's last step, resuming what ``folder`` holds, and save the model there."""
     with process_group() as (rank, world):
+        if recipe.optimization.batch_images % world:
+            raise ConfigError(f"batch_images ({recipe.optimization.batch_images}) must divide by {world} processes")
+        if rank == 0:
+            keep_recipe(recipe, folder)
         run = start(recipe, folder, cache, rank, world)
         resume(run, folder)
         for entry in steps(run):
@@ -49,14 +54,13 @@ def train(recipe: TrainRecipe, folder: Path, cache: Path, *, report: Report) -> 
 
 def start(recipe: TrainRecipe, folder: Path, cache: Path, rank: int, world: int) -> Run:
     """A run at step 0: tokenizer, pictures, fresh weights."""
-    encode = encoder(tokenizer_of(recipe, folder, rank))
-    pictures = data.rendered(
-        recipe.data.num_scenes,
-        recipe.data.seed,
-        recipe.model.vision.image_size,
-        cache,
-        workers=os.cpu_count() or 1,
-    )
+    if rank == 0:
+        make_tokenizer(recipe, folder)
+        data.rendered(recipe, cache)
+    if world > 1:
+        distributed.barrier()  # the others read what rank 0 has written
+    encode = encoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    pictures = data.rendered(recipe, cache)
     model = Vlm(recipe.model)
     model.initialize(recipe.seed)
     torch.manual_seed(recipe.seed)
@@ -143,16 +147,13 @@ def epoch_slice(num_scenes: int, step: int, batch: int, seed: int) -> NDArray[np
     return order[place * batch : (place + 1) * batch]
 
 
-def tokenizer_of(recipe: TrainRecipe, folder: Path, rank: int) -> Tokenizer:
-    """The run's tokenizer, trained on the first scenes' texts unless it is there already."""
-    path = folder / "tokenizer.json"
-    if not path.exists() and rank == 0:
-        scenes = [make_scene(recipe.data.seed, index) for index in range(min(recipe.data.num_scenes, 4000))]
-        texts = (text for scene in scenes for text in texts_of(scene))
-        save_tokenizer(train_tokenizer(texts, recipe.model.decoder.vocab_size), folder)
-    if distributed.is_initialized():
-        distributed.barrier()
-    return Tokenizer.from_file(str(path))
+def make_tokenizer(recipe: TrainRecipe, folder: Path) -> None:
+    """Train the run's tokenizer on the first scenes' texts, unless it is there already."""
+    if (folder / "tokenizer.json").exists():
+        return
+    scenes = (make_scene(recipe.data.seed, index) for index in range(min(recipe.data.num_scenes, 4000)))
+    texts = (text for scene in scenes for text in texts_of(scene))
+    save_tokenizer(train_tokenizer(texts, recipe.model.decoder.vocab_size), folder)
 
 
 def parameter_groups(model: Vlm, facts: FactsHead, weight_decay: float) -> list[dict[str, object]]:

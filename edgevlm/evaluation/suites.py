@@ -15,7 +15,9 @@ from edgevlm.evaluation.scenes import Question, make_scene, questions, render
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 
 TRAIN_SEED = 1  # the series that a shipped model may have seen
-EVAL_SEED = 2  # the series that it is scored on, and never trained on
+EVAL_SEED = 2  # the series that it is scored on
+GOLDEN_SEED = 3  # the series that the parity gate asks about
+HELD_OUT_SEEDS = frozenset({EVAL_SEED, GOLDEN_SEED})  # never trained on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.core.config import to_json
 from edgevlm.core.errors import ParityError
 from edgevlm.core.files import atomic_directory, write_text
+from edgevlm.core.optional import versions
 from edgevlm.export import TARGETS
 from edgevlm.export.parts import split
-from edgevlm.models.as_session import TorchSession
+from edgevlm.export.target import Lowering
 from edgevlm.models.checkpoint import WEIGHTS, Checkpoint, load_model
 from edgevlm.processing.hub_config import preprocessor_config
-from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.verify import golden, verify_bundle
 
 STEPS = ("load", "vision_encoder", "embed_tokens", "decoder_model_merged", "golden", "verify")
@@ -64,7 +63,7 @@ def export_bundle(
     the export is not the same model; with ``keep`` the failed bundle then stays beside ``out`` as
     ``<out>.failed``.
     """
-    lowering = TARGETS[target](half_storage=half_storage)
+    lowering = TARGETS[target](Lowering(half_storage=half_storage))
     out = Path(out)
     with atomic_directory(out, overwrite=overwrite, marker=MANIFEST_FILE) as root:
         report("load")
@@ -76,7 +75,7 @@ def export_bundle(
             files.append(lowering.lower(part, root))
         write_manifest(root, _manifest(checkpoint, files))
         report("golden")
-        golden.record(_reference(checkpoint), root, checkpoint.suite)
+        golden.record(checkpoint.open(), root, checkpoint.suite)
         write_sums(root)
         report("verify")
         _verify(root, out, keep)
@@ -91,16 +90,13 @@ def _verify(root: Path, out: Path, keep: bool) -> None:
     write_sums(root)
     try:
         verification.require()
-    except ParityError:
-        if keep:
-            shutil.copytree(root, out.with_name(f"{out.name}.failed"), dirs_exist_ok=True)
-        raise
-
-
-def _reference(checkpoint: Checkpoint) -> RuntimeVlm:
-    max_context = checkpoint.model.config.decoder.max_position_embeddings
-    session = TorchSession(checkpoint.model)
-    return RuntimeVlm(session, checkpoint.processor, name=checkpoint.name, max_context=max_context)
+    except ParityError as error:
+        if not keep:
+            raise
+        failed = out.with_name(f"{out.name}.failed")
+        with atomic_directory(failed, overwrite=True, marker=MANIFEST_FILE) as kept:
+            shutil.copytree(root, kept, dirs_exist_ok=True)
+        raise ParityError(f"{error}. The bundle is kept in {failed}") from error
 
 
 def _manifest(checkpoint: Checkpoint, parts: list[PartFile]) -> Manifest:
@@ -128,11 +124,10 @@ def _manifest(checkpoint: Checkpoint, parts: list[PartFile]) -> Manifest:
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the weights came from and what lowered them."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
         "source": checkpoint.name,
         "weights": {WEIGHTS: sha256(checkpoint.folder / WEIGHTS)},
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions(LIBRARIES)},
     }
 
 

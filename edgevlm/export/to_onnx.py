@@ -18,6 +18,7 @@ from edgevlm.bundle.manifest import PartFile
 from edgevlm.core.errors import UnsupportedError
 from edgevlm.export.decoder_graph import OPSETS, decoder_graph
 from edgevlm.export.parts import Part, VisionEncoder
+from edgevlm.export.target import Lowering
 
 EXTERNAL_ABOVE_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; large weights go to a file beside it
 
@@ -29,14 +30,14 @@ class OnnxTarget:
     since the runtime widens them once when it loads.
     """
 
-    def __init__(self, *, half_storage: bool = False) -> None:
-        self.half_storage = half_storage
+    def __init__(self, lowering: Lowering) -> None:
+        self.lowering = lowering
 
     def lower(self, part: Part, root: Path) -> PartFile:
         """Write the part's graph and say what it is."""
         graph = decoder_graph(part) if part.name == "decoder_model_merged" else traced_graph(part)
         strip_notes(graph)
-        if self.half_storage:
+        if self.lowering.half_storage:
             store_half(graph)
         (root / "onnx").mkdir(exist_ok=True)
         path = root / "onnx" / f"{part.name}.onnx"

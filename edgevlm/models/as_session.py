@@ -12,7 +12,7 @@ from edgevlm.models.vlm import Vlm
 
 
 class TorchSession:
-    """A ``runtimes.Session`` that computes with PyTorch, in the model's own type, on the CPU."""
+    """A ``runtimes.Session`` that computes with PyTorch, in float32, on the CPU."""
 
     def __init__(self, model: Vlm) -> None:
         self._model = model.eval()

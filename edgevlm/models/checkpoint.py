@@ -16,8 +16,10 @@ from edgevlm.core.config import from_mapping, read_json, to_json
 from edgevlm.core.errors import InputError, IntegrityError, UnsupportedError
 from edgevlm.core.files import atomic_file, write_text
 from edgevlm.core.registry import Registry
+from edgevlm.models.as_session import TorchSession
 from edgevlm.models.vlm import Vlm
 from edgevlm.processing.processor import Processor
+from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shapes.config import VlmConfig
 from edgevlm.shipped import find_weights
 
@@ -40,6 +42,17 @@ class Checkpoint:
     folder: Path
     suite: str = ""  # the evaluation suite that the model was trained for, if any
 
+    def open(self) -> RuntimeVlm:
+        """The PyTorch model ready to answer, like a bundle that ``open_bundle`` opens."""
+        max_context = self.model.config.decoder.max_position_embeddings
+        return RuntimeVlm(
+            TorchSession(self.model),
+            self.processor,
+            name=self.name,
+            max_context=max_context,
+            info={"runtime": "torch", "library": "torch", "version": torch.__version__, "device": "cpu"},
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorFile:
@@ -56,7 +69,7 @@ def load_model(model: str | Path) -> Checkpoint:
     Raises InputError when there is no such model, UnsupportedError for a family that nobody has written,
     IntegrityError for damaged weights.
     """
-    folder = find_weights(str(model))
+    folder = find_weights(model)
     family = read_json(folder / "config.json").get("model_type")
     if not isinstance(family, str):
         raise UnsupportedError(f"{folder / 'config.json'} names no model_type; known: {', '.join(FAMILIES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgevlm.core.errors import DoesNotFitError
+from edgevlm.core.errors import DoesNotFitError, UsageError
 from edgevlm.shapes.config import DecoderConfig
 
 
@@ -46,5 +46,7 @@ class KVCache:
         self.position += num_rows
 
     def rewind(self, position: int) -> None:
-        """Forget every row after the first ``position``."""
+        """Forget every row after the first ``position``.  Raises UsageError when there are fewer."""
+        if not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to row {position}: the kv cache holds {self.position}")
         self.position = position

@@ -59,14 +59,14 @@ class ImageLimits:
 def load_image(source: ImageSource, limits: ImageLimits | None = None, *, background: Color = WHITE) -> Image.Image:
     """An upright RGB picture: EXIF orientation applied, first frame of several, alpha over ``background``.
 
-    ``source`` is a path, the bytes of a file, a Pillow picture, or uint8 levels [H, W, 3] (RGB) or [H, W]
-    (grey).  Sixteen-bit grey is scaled to 8 bits, CMYK and palettes are converted, colour profiles are
+    ``source`` is a path, the bytes of a file, a Pillow picture, or uint8 levels [H, W, 3] (RGB), [H, W, 4]
+    (RGBA) or [H, W] (grey).  Sixteen-bit grey is scaled to 8 bits, CMYK and palettes are converted, colour profiles are
     ignored.  Raises InputError for what is missing, too large, damaged or no picture, DoesNotFitError when
     memory is short.
     """
     limits = limits or ImageLimits()
     if isinstance(source, np.ndarray):
-        return _from_array(source, limits)
+        return _from_array(source, limits, background)
     if isinstance(source, Image.Image):
         return _decode(source, "the picture", limits, background)
     name, data = _read(source, limits)
@@ -105,14 +105,14 @@ def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _from_array(levels: NDArray[np.uint8], limits: ImageLimits) -> Image.Image:
-    is_picture = levels.ndim == 2 or (levels.ndim == 3 and levels.shape[2] == 3)
+def _from_array(levels: NDArray[np.uint8], limits: ImageLimits, background: Color) -> Image.Image:
+    is_picture = levels.ndim == 2 or (levels.ndim == 3 and levels.shape[2] in (3, 4))
     if levels.dtype != np.uint8 or not is_picture or levels.size == 0:
         raise InputError(
-            f"a picture in an array is uint8 [H, W, 3] or [H, W]; found {levels.dtype} {list(levels.shape)}"
+            f"a picture in an array is uint8 [H, W, 3], [H, W, 4] or [H, W]; found {levels.dtype} {list(levels.shape)}"
         )
     _check_size("the array", levels.shape[1], levels.shape[0], limits)
-    return Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
+    return to_rgb(Image.fromarray(np.ascontiguousarray(levels)), background)
 
 
 def _read(source: str | Path | bytes, limits: ImageLimits) -> tuple[str, bytes]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgevlm.processing.chat import Message
+from edgevlm.processing.chat import Message, user_message
 from edgevlm.processing.images import ImageSource
-from edgevlm.runtimes.answer import AnswerStream, Request, stop_strings
+from edgevlm.runtimes import MAX_TOKENS
+from edgevlm.runtimes.answer import Answer, AnswerStream, Request, stop_strings
 from edgevlm.runtimes.image_cache import Picture
 from edgevlm.runtimes.sampling import GREEDY, Sampling
 
@@ -25,10 +26,9 @@ class Conversation:
 
     def question(self, prompt: str, picture: Picture | None) -> Conversation:
         """This conversation and a question, whose picture comes before its text."""
-        if picture is None:
-            return Conversation((*self.messages, {"role": "user", "content": prompt}), self.pictures)
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return Conversation((*self.messages, {"role": "user", "content": content}), (*self.pictures, picture))
+        pictures = () if picture is None else (picture,)
+        asked = user_message(prompt, num_images=len(pictures))
+        return Conversation((*self.messages, asked), (*self.pictures, *pictures))
 
     def answer(self, text: str) -> Conversation:
         """This conversation and an answer."""
@@ -57,7 +57,7 @@ class Chat:
         prompt: str,
         image: ImageSource | None = None,
         *,
-        max_tokens: int = 64,
+        max_tokens: int = MAX_TOKENS,
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         use_image_cache: bool = True,
@@ -75,6 +75,22 @@ class Chat:
             use_image_cache=use_image_cache,
         )
         return self._vlm.begin(request, image, self._conversation, reuse=True, on_end=self._remember)
+
+    def ask(
+        self,
+        prompt: str,
+        image: ImageSource | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+        use_image_cache: bool = True,
+    ) -> Answer:
+        """The whole answer to the next question; what ``say`` gives piece by piece."""
+        stream = self.say(
+            prompt, image, max_tokens=max_tokens, sampling=sampling, stop=stop, use_image_cache=use_image_cache
+        )
+        return stream.read()
 
     def reset(self) -> None:
         """Forget everything said."""

@@ -23,7 +23,8 @@ class Timings:
     ``stages_ms``: the sum per stage.  ``preprocess`` is pixels, prompt template and tokenizer; ``embed`` is
     the prompt's embedding with the image features put in place; ``decode`` is every step but the first.
     ``ttft_user_ms``: request accepted to the first piece of text, image loading and preprocessing included
-    (to the end for an empty answer).  ``ttft_engine_ms``: vision, embed, prefill and the first sample.
+    (to the end for an empty answer).  ``ttft_engine_ms``: vision, embed, prefill and the first sample, nothing
+    else.
     ``tpot_ms``: (end to end - ttft_user) / (tokens - 1); None for fewer than two tokens.
     ``token_times_ms``: when each token of the answer was known.  In a stream, the time that the reader of the
     pieces takes counts as well.

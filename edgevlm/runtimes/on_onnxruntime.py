@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import psutil
 
 from edgevlm.bundle.manifest import DecoderShape
 from edgevlm.bundle.read import Bundle
@@ -24,6 +23,7 @@ from edgevlm.core.errors import (
     UnsupportedError,
     UsageError,
 )
+from edgevlm.core.hardware import compute_cores
 from edgevlm.core.optional import require
 from edgevlm.runtimes.session import Float, Ints
 
@@ -35,7 +35,8 @@ UNKNOWN_OPERATOR = ("not a registered function", "could not find an implementati
 class OnnxRuntimeSession:
     """A ``Session`` over the ONNX parts of a bundle, on the CPU.
 
-    ``threads``: cores to compute with; by default the physical ones that this process may use.  Raises
+    ``threads``: cores to compute with; by default the physical ones that this process may use, affinity and
+    a container's quota respected.  Raises
     IntegrityError for a file that is not the graph it should be, UnsupportedError for a part or operator that
     is missing, DoesNotFitError when memory is short, MissingLibraryError without onnxruntime.
     """
@@ -43,7 +44,7 @@ class OnnxRuntimeSession:
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads must be 1 or more, got {threads}")
-        self._threads = threads or usable_cores()
+        self._threads = threads or compute_cores()
         self._max_context, self._position = bundle.manifest.max_context, 0
         self._graphs: _Graphs | None = _Graphs(bundle, self._threads)
 
@@ -167,16 +168,6 @@ class _Graphs:
         _bind(binding.bind_input, "attention_mask", self._mask[:, :end])
         self._decoder.run_with_iobinding(binding)
         return np.array(self._logits[0, 0])
-
-
-def usable_cores() -> int:
-    """Physical cores, but no more than this process may run on.
-
-    Hyper-threads share the arithmetic units that these graphs keep busy, so they do not help.
-    """
-    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    affinity = getattr(psutil.Process(), "cpu_affinity", None)  # not on macOS
-    return min(physical, len(affinity())) if affinity else physical
 
 
 def session_options(part: str, threads: int) -> Any:

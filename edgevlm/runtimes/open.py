@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgevlm.bundle.manifest import Manifest
 from edgevlm.bundle.read import Bundle, read_bundle
+from edgevlm.core.errors import IntegrityError
 from edgevlm.core.registry import Registry
 from edgevlm.processing.processor import Processor
 from edgevlm.runtimes.session import BundleSession
@@ -27,15 +29,47 @@ def open_bundle(
     """Load a bundle, given as a folder or as a shipped name such as ``nano``.
 
     ``check`` compares every file with its hash the first time.  Raises UnsupportedError for an unknown
-    ``runtime``, MissingLibraryError when its library is not installed, IntegrityError for a damaged bundle.
+    ``runtime``, MissingLibraryError when its library is not installed, IntegrityError for a damaged bundle
+    or one whose parts disagree.
     """
     back_end = RUNTIMES[runtime]
     bundle = read_bundle(find_bundle(str(path)), check=check)
     manifest = bundle.manifest
     processor = Processor.from_folder(bundle.root, manifest.image, manifest.prompt)
+    _check_agreement(manifest, processor)
     session = back_end(bundle, threads=threads)
     info = {"runtime": runtime, **session.info, **_describe(bundle)}
     return RuntimeVlm(session, processor, name=manifest.name, max_context=manifest.max_context, info=info)
+
+
+def _check_agreement(manifest: Manifest, processor: Processor) -> None:
+    """Raises IntegrityError where preprocessing, prompt and vision encoder speak of different sizes."""
+    expected = manifest.num_vision_tokens
+    found = processor.prompt_spec.num_vision_tokens
+    if found != expected:
+        raise _disagreement(manifest, f"the prompt has {found} vision tokens per image, the manifest {expected}")
+    size = (processor.image_spec.height, processor.image_spec.width)
+    for part in manifest.parts:
+        if (part.part, part.target) != ("vision_encoder", "onnx"):
+            continue  # other targets may lay their tensors out in another way
+        shapes = {tensor.name: tensor.shape for tensor in (*part.inputs, *part.outputs)}
+        if _differ(taken := shapes.get("pixel_values", ())[-2:], size):
+            raise _disagreement(manifest, f"pictures become {_by(size)} pixels, {part.file} takes {_by(taken)}")
+        if _differ(given := shapes.get("image_features", ())[1:2], (expected,)):
+            raise _disagreement(manifest, f"{part.file} gives {given[0]} vision tokens, the manifest says {expected}")
+
+
+def _differ(sizes: Sequence[int | str], expected: Sequence[int]) -> bool:
+    """Whether a size that is a number is another one; names stand for any."""
+    return any(isinstance(one, int) and one != other for one, other in zip(sizes, expected, strict=False))
+
+
+def _by(sizes: Sequence[int | str]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _disagreement(manifest: Manifest, what: str) -> IntegrityError:
+    return IntegrityError(f"{manifest.name}: {what}: export the bundle again")
 
 
 def _describe(bundle: Bundle) -> dict[str, Any]:
@@ -45,5 +79,5 @@ def _describe(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.root),
         "bundle_sha256": hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
         "family": bundle.manifest.family,
-        "precisions": {part.part: part.precision for part in bundle.manifest.parts},
+        "precisions": {part.part: part.precision for part in reversed(bundle.manifest.parts)},  # the first counts
     }

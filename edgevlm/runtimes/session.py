@@ -45,7 +45,10 @@ class Session(Protocol):
         ...
 
     def rewind(self, position: int) -> None:
-        """Forget every row of the cache after the first ``position``; 0 forgets all."""
+        """Forget every row of the cache after the first ``position``; 0 forgets all.
+
+        Raises UsageError, with the cache as it was, for a negative number or one beyond ``position``.
+        """
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import Event, Lock
@@ -12,12 +13,13 @@ from typing import Any
 from edgevlm.core.errors import DoesNotFitError, UsageError
 from edgevlm.processing.images import ImageSource, load_image, pixel_values
 from edgevlm.processing.processor import Processor
+from edgevlm.runtimes import MAX_TOKENS
 from edgevlm.runtimes.answer import Answer, AnswerStream, FinishReason, Request, stop_strings
 from edgevlm.runtimes.chat import Chat, Conversation
 from edgevlm.runtimes.clock import ClockedSession, StageClock
 from edgevlm.runtimes.detokenize import TextStream
-from edgevlm.runtimes.generate import generate
 from edgevlm.runtimes.image_cache import ImageCache, Picture
+from edgevlm.runtimes.loop import generate
 from edgevlm.runtimes.prompt_rows import PromptRows, Row, common_prefix
 from edgevlm.runtimes.sampling import GREEDY, Sampling, sampler
 from edgevlm.runtimes.session import Float, Session
@@ -25,6 +27,7 @@ from edgevlm.runtimes.session import Float, Session
 __all__ = ["Answer", "AnswerStream", "Chat", "RuntimeVlm"]
 
 EMPTY = Conversation()
+FULL_CHAT = "reset the chat (/reset on the command line, Chat.reset() in Python)"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,7 +71,7 @@ class RuntimeVlm:
         image: ImageSource | None,
         prompt: str,
         *,
-        max_tokens: int = 64,
+        max_tokens: int = MAX_TOKENS,
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         use_image_cache: bool = True,
@@ -96,7 +99,7 @@ class RuntimeVlm:
         image: ImageSource | None,
         prompt: str,
         *,
-        max_tokens: int = 64,
+        max_tokens: int = MAX_TOKENS,
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         use_image_cache: bool = True,
@@ -116,6 +119,19 @@ class RuntimeVlm:
     def chat(self) -> Chat:
         """An empty conversation, whose turns reuse the kv cache."""
         return Chat(self)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Session]:
+        """The raw session, for code that drives it directly: nobody else may ask until the block ends.
+
+        What the block leaves in the kv cache is forgotten.  Raises UsageError while a stream is unfinished.
+        """
+        self._claim()
+        try:
+            yield self.session
+        finally:
+            self._rows = ()
+            self._busy.release()
 
     def close(self) -> None:
         """Give the session's memory back."""
@@ -185,7 +201,7 @@ class RuntimeVlm:
             ids = self.processor.input_ids(conversation.messages)
             prompt = PromptRows(ids, self.processor.image_positions(ids), conversation.pictures)
         if len(prompt) > self.max_context:
-            advice = "start anew with Chat.reset()" if len(conversation.messages) > 1 else "shorten the prompt"
+            advice = FULL_CHAT if len(conversation.messages) > 1 else "shorten the prompt"
             raise DoesNotFitError(
                 f"the prompt has {len(prompt)} tokens ({len(prompt.positions)} of them vision tokens), "
                 f"the context of {self.name} holds {self.max_context}: {advice}"

@@ -1,9 +1,9 @@
 """What a model is made of, as frozen data.
 
     VlmConfig
-    ├── vision     HybridConfig | VitConfig        picture  -> H·W features
-    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig   features -> N vision tokens of the decoder's
-    width └── decoder    DecoderConfig                   tokens   -> logits
+    ├── vision     HybridConfig | VitConfig                   picture  -> H·W features
+    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig   features -> N vision tokens of width D
+    └── decoder    DecoderConfig                              tokens   -> logits
 
 Fields that hubs know keep the hub's name.  ``type`` is the tag by which a file says which config it holds.
 """

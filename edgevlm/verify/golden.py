@@ -20,12 +20,12 @@ from edgevlm.bundle.golden import save_golden
 from edgevlm.core.errors import DoesNotFitError
 from edgevlm.evaluation.scenes import GENERATOR_VERSION, make_scene, render
 from edgevlm.evaluation.scoring import is_match
-from edgevlm.evaluation.suites import SUITES, Suite
+from edgevlm.evaluation.suites import GOLDEN_SEED, SUITES, Suite
+from edgevlm.processing.chat import user_message
 from edgevlm.processing.processor import Processor
 from edgevlm.runtimes.session import Float, Ints, Session
 from edgevlm.runtimes.vlm import RuntimeVlm
 
-GOLDEN_SEED = 3  # neither trained on nor scored elsewhere
 NUM_GREEDY_IDS = 64
 NUM_LOGIT_STEPS = 8  # decode steps whose logits are kept
 TASK_SCENES, TASK_QUESTIONS = 16, 4
@@ -75,27 +75,37 @@ def picture(root: Path, number: int) -> Path:
 
 def _record_case(vlm: RuntimeVlm, case: Case) -> Tensors:
     """Every stage's tensors for one case."""
-    session, processor = vlm.session, vlm.processor
+    with vlm.exclusive() as session:
+        return _run_case(session, vlm.processor, case, vlm.max_context)
+
+
+def _run_case(session: Session, processor: Processor, case: Case, max_context: int) -> Tensors:
     pixels = processor.pixels(case.image)
     features = session.encode(pixels)
     ids = input_ids(processor, case.prompt)
     embeds = session.embed(ids[None])
     rows = place(embeds, features, processor.image_positions(ids))
-    steps = min(NUM_GREEDY_IDS, vlm.max_context - len(ids))
+    steps = min(NUM_GREEDY_IDS, max_context - len(ids))
     if steps < 2:
         raise DoesNotFitError(
-            f"a context of {vlm.max_context} is too short to verify: the golden prompt has {len(ids)} tokens"
+            f"a context of {max_context} is too short to verify: the golden prompt has {len(ids)} tokens"
         )
     greedy, prefill, decode = continue_greedily(session, rows, steps)
-    return dict(
-        zip(TENSORS, (pixels, features, ids, embeds, rows, prefill, decode, greedy), strict=True),
-    )
+    return {
+        "pixel_values": pixels,
+        "image_features": features,
+        "input_ids": ids,
+        "inputs_embeds": embeds,
+        "prompt_rows": rows,
+        "prefill_logits": prefill,
+        "decode_logits": decode,
+        "greedy_ids": greedy,
+    }
 
 
 def continue_greedily(session: Session, rows: Float, steps: int) -> tuple[Ints, Float, Float]:
     """``steps`` greedy ids, stop tokens included, the logits of the prompt [V] and of the first decode steps [K, V]."""
-    session.rewind(0)
-    prefill = logits = session.prefill(rows)
+    prefill = logits = prefill_logits(session, rows)
     ids = [int(prefill.argmax())]
     kept: list[Float] = []
     while len(ids) < steps:
@@ -106,16 +116,15 @@ def continue_greedily(session: Session, rows: Float, steps: int) -> tuple[Ints, 
     return np.array(ids, np.int64), prefill, np.stack(kept)
 
 
-def decode_logits(session: Session, rows: Float, ids: Sequence[int]) -> tuple[Float, Float]:
-    """Logits of the prompt [V], and after each of ``ids`` [K, V], whatever the session would have chosen itself."""
+def prefill_logits(session: Session, rows: Float) -> Float:
+    """Logits [V] of the prompt's last row, from an empty cache."""
     session.rewind(0)
-    return session.prefill(rows), np.stack([session.decode(token) for token in ids])
+    return session.prefill(rows)
 
 
 def input_ids(processor: Processor, prompt: str) -> Ints:
     """Ids [T] of a question about one picture."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.input_ids([{"role": "user", "content": content}])
+    return processor.input_ids([user_message(prompt, num_images=1)])
 
 
 def place(embeds: Float, features: Float, positions: Ints) -> Float:

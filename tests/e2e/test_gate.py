@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 
 from edgevlm.bundle.write import write_sums
 from edgevlm.cli.app import app
+from edgevlm.export import pipeline
+from edgevlm.export.parts import Part, split
 from edgevlm.models.decoder import rotary_table
+from edgevlm.models.vlm import Vlm
 from edgevlm.verify import verify_bundle
 
 Edit = Callable[[str, np.ndarray], np.ndarray]
@@ -74,6 +77,44 @@ def matrices(bundle: Path, part: str) -> list[str]:
         and value.const_value.dtype == ir.DataType.FLOAT
         and len(value.const_value.shape) > 1
     ]
+
+
+@pytest.fixture
+def wrong_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that lowers another weight than the model has."""
+
+    def split_wrongly(model: Vlm) -> tuple[Part, ...]:
+        parts = split(model)
+        decoder = next(part for part in parts if part.name == "decoder_model_merged")
+        decoder.model.decoder.layers[0].mlp.down_proj.weight.data.mul_(1.05)  # type: ignore[operator, union-attr]
+        return parts
+
+    monkeypatch.setattr(pipeline, "split", split_wrongly)
+
+
+@pytest.mark.usefixtures("wrong_decoder")
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_export_of_another_model_leaves_nothing_but_on_request(
+    tiny_checkpoint: Path, tmp_path: Path, keep: bool
+) -> None:
+    out, failed = tmp_path / "out", tmp_path / "out.failed"
+    command = ["export", str(tiny_checkpoint), str(out), "-q", *(["--keep"] if keep else [])]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 4
+    assert "stage prefill_logits differs from PyTorch" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ([failed.name] if keep else [])
+    if keep:
+        assert f"kept in {failed}" in result.stderr
+        assert verify_bundle(failed).broken is not None
+
+
+def test_a_golden_folder_without_cases_proves_nothing(bundle: Path) -> None:
+    meta = json.loads((bundle / "golden" / "golden.json").read_text())
+    (bundle / "golden" / "golden.json").write_text(json.dumps({**meta, "prompts": [], "task": None}))
+    reseal(bundle)
+    result = CliRunner().invoke(app, ["verify", str(bundle), "-q"])
+    assert result.exit_code == 7
+    assert "holds no case" in result.stderr
 
 
 def test_an_untouched_bundle_passes(bundle: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from edgevlm.evaluation import majority, scenes_suite, score
 from edgevlm.evaluation.scenes import make_scene, render
-from edgevlm.models.as_session import TorchSession
 from edgevlm.models.checkpoint import WEIGHTS, load_model
 from edgevlm.runtimes.open import open_bundle
 from edgevlm.runtimes.vlm import RuntimeVlm
@@ -64,10 +63,7 @@ def test_the_bundle_was_made_from_the_shipped_weights(name: str) -> None:
 
 @pytest.mark.parametrize("index", range(4))
 def test_64_greedy_ids_equal_those_of_pytorch_on_a_new_picture(name: str, vlm: RuntimeVlm, index: int) -> None:
-    checkpoint = load_model(name)
-    reference = RuntimeVlm(
-        TorchSession(checkpoint.model), checkpoint.processor, name="reference", max_context=vlm.max_context
-    )
+    reference = load_model(name).open()
     picture = render(make_scene(UNSEEN, index), 200)[20:180]
     answers = [each.ask(picture, "Describe the picture.", max_tokens=64, ignore_eos=True) for each in (vlm, reference)]
     assert len(answers[0].token_ids) == 64

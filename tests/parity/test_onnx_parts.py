@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edgevlm.export.parts import Part, split
+from edgevlm.export.target import Lowering
 from edgevlm.export.to_onnx import OnnxTarget
 from edgevlm.models.as_session import TorchSession
 from edgevlm.models.vlm import Vlm
@@ -67,7 +68,7 @@ def tiny(vision: HybridConfig | VitConfig = HYBRID, projector: object = None, **
 
 def lower(model: Vlm, name: str, folder: Path, **options: bool) -> onnxruntime.InferenceSession:
     part: Part = next(part for part in split(model) if part.name == name)
-    return onnxruntime.InferenceSession(str(folder / OnnxTarget(**options).lower(part, folder).file))
+    return onnxruntime.InferenceSession(str(folder / OnnxTarget(Lowering(**options)).lower(part, folder).file))
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,7 +35,7 @@ from edgevlm.core.errors import (
     UnsupportedError,
     UsageError,
 )
-from edgevlm.runtimes.on_onnxruntime import OnnxRuntimeSession, usable_cores
+from edgevlm.runtimes.on_onnxruntime import OnnxRuntimeSession
 from edgevlm.runtimes.open import open_bundle
 from edgevlm.runtimes.sampling import Sampling
 from edgevlm.runtimes.session import Float
@@ -364,8 +365,9 @@ def test_the_session_says_what_it_runs_on(session: OnnxRuntimeSession) -> None:
     }
 
 
-def test_no_more_cores_are_used_than_there_are() -> None:
-    assert usable_cores() >= 1
+def test_by_default_it_uses_the_cores_that_a_container_leaves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgevlm.runtimes.on_onnxruntime.compute_cores", lambda: 1)
+    assert OnnxRuntimeSession(bundle).info["threads"] == 1
 
 
 @pytest.mark.parametrize("threads", [0, -2])
@@ -482,6 +484,39 @@ def test_a_flipped_byte_is_noticed_before_anything_is_loaded(tmp_path: Path) -> 
     file.write_bytes(content)
     with pytest.raises(IntegrityError, match="embed_tokens"):
         open_bundle(broken.root)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_vision_tokens": N + 1}, "the prompt has 4 vision tokens per image, the manifest 5"),
+        ({"image": {"height": SIDE, "width": 16, "fit": "pad"}}, "pictures become 8 x 16 pixels, .* takes 8 x 8"),
+        (
+            {
+                "num_vision_tokens": 2,
+                "prompt": {"image_token": "<image>", "num_vision_tokens": 2, "stop_token_ids": [V - 1]},
+            },
+            "vision_encoder.onnx gives 4 vision tokens, the manifest says 2",
+        ),
+    ],
+    ids=["prompt", "pixels", "features"],
+)
+def test_a_bundle_whose_parts_disagree_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    broken = write_bundle(tmp_path / "tiny")
+    write_manifest(broken.root, replace(broken.manifest, **change))
+    write_sums(broken.root)
+    with pytest.raises(IntegrityError, match=words) as error:
+        open_bundle(broken.root)
+    assert error.value.exit_code == 7
+
+
+def test_of_several_precisions_the_first_is_the_one_that_runs_and_is_told(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "tiny")
+    others = tuple(replace(part, precision="int8") for part in bundle.manifest.parts)
+    write_manifest(bundle.root, replace(bundle.manifest, parts=(*bundle.manifest.parts, *others)))
+    write_sums(bundle.root)
+    with open_bundle(bundle.root) as vlm:
+        assert set(vlm.info["precisions"].values()) == {"fp32"}
 
 
 # -- the command line -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-DEVICE_ROOMS = ("core", "shipped", "bundle", "processing", "runtimes", "verify", "evaluation", "bench")
+DEVICE_ROOMS = ("core", "shipped", "bundle", "processing", "shapes", "runtimes", "verify", "evaluation", "bench")
 
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys

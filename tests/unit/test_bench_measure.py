@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from edgevlm.bench import machine
-from edgevlm.bench.measure import measure
 from edgevlm.bench.measurement import Repetition
+from edgevlm.bench.measuring import measure
 from edgevlm.bench.memory import memory_now, watch_peak
 from edgevlm.bench.workload import is_settled, prompt_of_length, repetition, scene_pictures, warm_up
 from edgevlm.core.errors import BenchmarkError, UsageError
@@ -94,6 +94,14 @@ def test_a_given_image_is_asked_again_with_the_cache_off_and_says_so(tmp_path: P
     assert {use_cache for _, _, use_cache in vlm.asked} == {False}
     assert measured.workload.images == "kitchen.jpg, image cache off"
     assert "only 1 different images, with the image cache off" in measured.notes()
+    assert measured.workload.regime == "warm-given-images"
+
+
+@pytest.mark.parametrize(("num_images", "regime"), [(6, "warm-given-images"), (7, "warm-new-image")])
+def test_given_images_are_new_ones_if_warm_up_and_repetitions_see_none_twice(num_images: int, regime: str) -> None:
+    images = [f"{i}.png" for i in range(num_images)]
+    assert run(TimedVlm(), image=images, repetitions=4).workload.regime == regime  # after 3 warm-ups
+    assert run(TimedVlm(), image=["0.png"] * 9, repetitions=4).workload.regime == "warm-given-images"
 
 
 def test_given_images_take_turns() -> None:
@@ -183,6 +191,15 @@ def test_a_prompt_is_lengthened_to_the_asked_number_of_tokens() -> None:
     vlm: Any = TimedVlm()
     assert len(prompt_of_length(vlm, 20).split()) == 12
     assert prompt_of_length(vlm, 11) == "Describe the picture."
+
+
+def test_a_prompt_is_filled_with_words_that_cost_one_token() -> None:
+    vlm: Any = TimedVlm()
+    costs = {"again": 5, "the": 3, "is": 1}
+    vlm.processor.input_ids = lambda messages: [
+        0 for word in messages[0]["content"][1]["text"].split() for _ in range(costs.get(word, 2))
+    ]
+    assert prompt_of_length(vlm, 10) == "Describe the picture." + " is" * 3
 
 
 @pytest.mark.parametrize("num_tokens", [0, 10, 65])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edgevlm.bench.compare import compare, verdict
+from edgevlm.bench.comparing import compare, verdict
 from edgevlm.bench.measurement import Conditions, Measurement, Memory, Repetition, WarmUp, Workload
 from edgevlm.bench.plots import Axis, axis_for, nice_step
 from edgevlm.bench.record import read_measurement, to_jsonl, write_measurement
@@ -76,6 +76,12 @@ def with_device(run: Measurement, name: str) -> Measurement:
 
 def test_a_run_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
     run = a_run(prompt="Was ist das? \u2028 日本")
+    write_measurement(tmp_path / "run.jsonl", run)
+    assert read_measurement(tmp_path / "run.jsonl") == run
+
+
+def test_a_command_with_a_file_name_that_is_not_utf_8_is_kept(tmp_path: Path) -> None:
+    run = replace(a_run(n=2), conditions=replace(a_run().conditions, command="edgevlm bench --image caf\udce9.png"))
     write_measurement(tmp_path / "run.jsonl", run)
     assert read_measurement(tmp_path / "run.jsonl") == run
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import edgevlm.bench.measure
+import edgevlm.bench.measuring
 import edgevlm.runtimes.open
 from edgevlm.bench.record import read_measurement
 from edgevlm.cli.app import app
@@ -107,7 +107,7 @@ def test_bench_with_a_wrong_golden_answer_exits_with_nine_and_saves_nothing(
     vlm: SteadyVlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vlm, "info", {"bundle": str(tmp_path / "steady.bundle")})
-    monkeypatch.setattr(edgevlm.bench.measure, "golden_answers_match", lambda vlm: "said cat")
+    monkeypatch.setattr(edgevlm.bench.measuring, "golden_answers_match", lambda vlm: "said cat")
     done = edgevlm_("bench", "steady", "--save", tmp_path / "run.jsonl")
     assert done.exit_code == 9
     assert "said cat" in done.stderr

@@ -75,6 +75,12 @@ def test_a_damaged_bundle_is_not_packed(tiny_bundle: Path, tmp_path: Path) -> No
     assert names(tmp_path) == ["tiny.bundle"]
 
 
+def test_only_files_with_a_hash_travel(tiny_bundle: Path, packed: Path, tmp_path: Path) -> None:
+    for name in ("secret.txt", "golden/.DS_Store", "onnx/old.onnx"):
+        (tiny_bundle / name).write_text("private")
+    assert pack(tiny_bundle, tmp_path / "again.tar").read_bytes() == packed.read_bytes()
+
+
 def test_packing_overwrites_only_when_asked_and_never_into_the_bundle(tiny_bundle: Path, packed: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         pack(tiny_bundle, packed)

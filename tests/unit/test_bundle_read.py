@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -100,6 +102,9 @@ def test_a_path_never_leaves_the_folder(tiny_bundle: Path, name: str) -> None:
             "is not listed in SHA256SUMS",
         ),
         (lambda root: (root / "config.json").write_text("{}"), "config.json is not listed in SHA256SUMS"),
+        (lambda root: (root / "chat_template.json").write_text("{}"), "chat_template.json is not listed"),
+        (lambda root: (root / "Chat_Template.JSON").write_text("{}"), "Chat_Template.JSON is not listed"),
+        (lambda root: (root / "verify.json").write_text("{}"), "verify.json is not listed"),
         (lambda root: (root / "golden/new.png").write_text("x"), "golden/new.png is not listed"),
         (lambda root: (root / "edgevlm.json").write_text("{"), "not valid JSON"),
         (lambda root: (root / "edgevlm.json").write_text("[]"), "expected a JSON object"),
@@ -143,9 +148,37 @@ def test_a_pipe_in_the_folder_is_refused(tiny_bundle: Path) -> None:
         read_bundle(tiny_bundle)
 
 
-def test_files_that_nobody_reads_may_lie_there(tiny_bundle: Path) -> None:
-    (tiny_bundle / ".DS_Store").write_text("x")
+LITTER = (".DS_Store", "golden/.DS_Store", "golden/._0.png", "onnx/Thumbs.db", "desktop.ini")
+
+
+@pytest.mark.parametrize("name", [*LITTER, "golden/notes.txt", "README.md"])
+def test_files_that_nobody_reads_may_lie_there(tiny_bundle: Path, name: str) -> None:
+    (tiny_bundle / name).write_text("x")
     assert read_bundle(tiny_bundle).manifest.name == "tiny"
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_what_a_file_manager_leaves_gets_no_hash(tiny_bundle: Path, name: str) -> None:
+    before = (tiny_bundle / "SHA256SUMS").read_text()
+    (tiny_bundle / name).write_text("x")
+    write_sums(tiny_bundle)
+    assert (tiny_bundle / "SHA256SUMS").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["edgevlm.json", "SHA256SUMS", ENCODER])
+def test_a_file_that_may_not_be_read_is_told_as_such(
+    tiny_bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = io.open
+
+    def deny(file: Any, *arguments: Any, **options: Any) -> Any:
+        if file == tiny_bundle / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", deny)
+    with pytest.raises(InputError, match=f"{name}: permission denied; make it readable for this user"):
+        read_bundle(tiny_bundle)
 
 
 def test_what_is_no_bundle_is_told_with_advice(tiny_bundle: Path, tmp_path: Path) -> None:

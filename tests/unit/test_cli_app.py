@@ -203,9 +203,14 @@ def test_a_verb_may_choose_its_exit_code(register: Register) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "/out/a"), 5, "/out/a: no space left"),
         (RuntimeError("write failed: No space left on device"), 5, "output: no space left"),
         (
-            ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"),
+            ModuleNotFoundError("No module named 'no_such_lib.nn'", name="no_such_lib.nn"),
             6,
-            "torch is not installed: pip install 'edgevlm[workshop]'",
+            "no_such_lib is not installed: pip install no_such_lib",
+        ),
+        (
+            ModuleNotFoundError("No module named 'numpy.nosuch'", name="numpy.nosuch"),
+            6,
+            "numpy is installed but does not load (No module named 'numpy.nosuch')",
         ),
         (ModuleNotFoundError("No module", name="edgevlm.x"), 1, "unexpected ModuleNotFoundError"),
         (ValueError("a bug"), 1, "unexpected ValueError: a bug (run again with -v for the traceback)"),

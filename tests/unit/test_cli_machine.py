@@ -81,17 +81,12 @@ def test_doctor_shows_a_jetson_a_card_and_what_is_missing(monkeypatch: pytest.Mo
     [
         (PLAIN, ("onnxruntime",), []),
         (PLAIN, (), ["pip install onnxruntime"]),
-        (
-            replace(PLAIN, gpus=(CARD,)),
-            ("onnxruntime",),
-            ["pip uninstall -y onnxruntime && pip install onnxruntime-gpu"],
-        ),
+        (replace(PLAIN, gpus=(CARD,)), ("onnxruntime",), []),
         (replace(PLAIN, gpus=(CARD,)), ("onnxruntime-gpu",), []),
-        (replace(PLAIN, gpus=(CARD,), jetson=ORIN), ("onnxruntime",), []),
         (
             PLAIN,
             ("onnxruntime", "onnxruntime-gpu"),
-            ["pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"],
+            ["pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"],
         ),
     ],
 )

@@ -53,6 +53,15 @@ def test_disk_errors_become_one_clear_error(raised: Exception, expected: type[Ex
     assert caught.value.__cause__ is raised
 
 
+def test_what_cannot_be_read_is_not_sent_to_another_folder() -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", "/a/b")
+    with (
+        pytest.raises(InputError, match=r"^/a/b: permission denied; make it readable for this user"),
+        translate_disk_errors("bundle", reading=True),
+    ):
+        raise denied
+
+
 @pytest.mark.parametrize("raised", [InputError("bad"), ValueError("bug"), OSError(errno.EIO, "I/O error")])
 def test_other_errors_pass_unchanged(raised: Exception) -> None:
     with pytest.raises(type(raised)) as caught, translate_disk_errors("out"):

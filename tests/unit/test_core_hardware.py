@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgevlm.core.config import to_json
-from edgevlm.core.hardware import Tool, probe, run_tool
+from edgevlm.core.hardware import Tool, compute_cores, probe, run_tool
 
 X86_CORE = "processor\t: {n}\nphysical id\t: 0\ncore id\t\t: {core}\nmodel name\t: Test CPU\nflags\t\t: fpu {flags}\n"
 ARM_CORE = "processor\t: {n}\nFeatures\t: fp asimd asimdhp {flags}\nCPU implementer\t: 0x41\nCPU part\t: {part}\n"
@@ -102,6 +102,15 @@ def test_features_of_big_little_are_those_of_every_core(tmp_path: Path) -> None:
 def test_usable_cores_respect_affinity_and_quota(tmp_path: Path, files: dict[str, str], cores: float) -> None:
     cpuinfo = "\n".join(X86_CORE.format(n=n, core=n, flags="") for n in range(4))
     assert probe(machine(tmp_path, {"proc/cpuinfo": cpuinfo, **files}), system="Linux").cpu.usable_cores == cores
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("900000 100000", 2)]
+)
+def test_computing_takes_physical_cores_but_no_more_than_the_quota(tmp_path: Path, quota: str, cores: int) -> None:
+    cpuinfo = "\n".join(X86_CORE.format(n=n, core=n // 2, flags="") for n in range(4))
+    files = {"proc/cpuinfo": cpuinfo, "proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota}
+    assert compute_cores(machine(tmp_path, files), system="Linux") == cores
 
 
 @pytest.mark.parametrize(

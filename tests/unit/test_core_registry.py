@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edgevlm.core.errors import MissingLibraryError, UnsupportedError
-from edgevlm.core.optional import fix_command, is_installed, libraries, require
+from edgevlm.core.optional import fix_command, is_installed, libraries, require, versions
 from edgevlm.core.registry import Registry, unknown_name
 
 COLORS: Registry[object] = Registry("color", {"Red": "math:pi", "blue": "math:nowhere", "far": "no_such_lib:x"})
@@ -34,6 +34,13 @@ def test_nothing_is_suggested_where_nothing_is_near() -> None:
 def test_an_entry_whose_library_is_missing_tells_how_to_install_it() -> None:
     with pytest.raises(MissingLibraryError, match="no_such_lib is not installed: pip install no_such_lib"):
         COLORS["far"]
+
+
+@pytest.mark.parametrize("reference", ["json.nosuch:Thing", "edgevlm.nosuch:Thing"])
+def test_a_wrong_module_of_an_installed_library_names_the_entry_not_the_library(reference: str) -> None:
+    entries: Registry[object] = Registry("color", {"odd": reference})
+    with pytest.raises(UnsupportedError, match=f"^color 'odd' does not load from '{reference}': No module named"):
+        entries["odd"]
 
 
 def test_our_own_wrong_reference_is_a_bug_and_shows_as_one() -> None:
@@ -79,6 +86,11 @@ def test_a_library_that_does_not_load_is_told_apart_from_a_missing_one(
         require("broken_library")
 
 
+def test_a_missing_module_of_an_installed_library_is_told_apart_from_a_missing_library() -> None:
+    with pytest.raises(MissingLibraryError, match=r"^json is installed but does not load \(No module named"):
+        require("json.nosuch")
+
+
 def test_is_installed_answers_without_importing() -> None:
     sys.modules.pop("wave", None)
     assert is_installed("wave")
@@ -95,3 +107,16 @@ def test_fix_commands_name_the_extra_or_the_package() -> None:
 def test_libraries_tell_version_or_fix_never_both() -> None:
     for library in libraries():
         assert (library.version is None) != (library.fix is None)
+
+
+def test_versions_skip_what_is_absent_and_name_the_variant_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "onnxruntime_openvino-1.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-openvino\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = versions(("numpy", "no-such-package", "onnxruntime"))
+    assert found["onnxruntime-openvino"] == "1.2"
+    assert set(found) <= {"numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"}
+    assert "numpy" in found

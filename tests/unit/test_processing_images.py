@@ -245,8 +245,8 @@ def test_pillows_warnings_do_not_reach_the_user(monkeypatch: pytest.MonkeyPatch)
     "levels",
     [
         np.zeros((4, 4, 3), dtype=np.float32),
-        np.zeros((4, 4, 4), dtype=np.uint8),
-        np.zeros((3, 4, 4), dtype=np.uint8),
+        np.zeros((4, 4, 2), dtype=np.uint8),
+        np.zeros((3, 4, 5), dtype=np.uint8),
         np.zeros(4, dtype=np.uint8),
         np.zeros((0, 4, 3), dtype=np.uint8),
     ],
@@ -261,10 +261,25 @@ def test_grey_arrays_are_pictures() -> None:
     assert np.array_equal(np.asarray(load_image(levels))[..., 2], levels)
 
 
-def test_pixels_without_a_white_are_refused() -> None:
-    for image in (Image.new("F", (2, 2)), Image.new("I", (2, 2), 70_000)):
+def test_arrays_with_alpha_show_the_background() -> None:
+    levels = np.array([[[*RED, 255], [*RED, 0]]], dtype=np.uint8)
+    loaded = load_image(levels, background=BLUE)
+    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [RED, BLUE]
+    assert np.array_equal(np.asarray(load_image(levels)), np.asarray(load_image(Image.fromarray(levels))))
+
+
+@pytest.mark.parametrize("level", [200, 70_000])
+def test_pixels_without_a_white_are_refused(level: int) -> None:
+    whole = Image.new("I", (2, 2), level)
+    for source in (Image.new("F", (2, 2)), whole, encoded(whole, "TIFF")):
         with pytest.raises(InputError, match="do not say what white is"):
-            load_image(image)
+            load_image(source)
+
+
+@pytest.mark.parametrize("format", ["PNG", "PPM", "TIFF"])
+def test_sixteen_bit_grey_is_read_from_every_format_that_has_it(format: str) -> None:
+    levels = np.array([[0, 32_896, 65_535]], dtype=np.uint16)
+    assert np.asarray(load_image(encoded(Image.fromarray(levels), format)))[0, :, 1].tolist() == [0, 128, 255]
 
 
 def test_other_objects_are_refused() -> None:

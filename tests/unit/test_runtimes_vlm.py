@@ -392,8 +392,44 @@ def test_reset_forgets_what_was_said() -> None:
 def test_a_conversation_beyond_the_context_is_refused_with_advice() -> None:
     chat = make_vlm(max_context=24).chat()
     chat.say("Hello").read()
-    with pytest.raises(DoesNotFitError, match=r"start anew with Chat.reset\(\)"):
+    with pytest.raises(DoesNotFitError, match=r"reset the chat \(/reset on the command line, Chat.reset\(\)"):
         chat.say("A longer question")
     assert len(chat.messages) == 2
     chat.reset()
     assert chat.say("Hello").read().text == "two"
+
+
+def test_a_chat_can_be_asked_for_the_whole_answer() -> None:
+    chat = make_vlm("two", "red").chat()
+    assert [chat.ask("How many?", image()).text, chat.ask("Colour?", max_tokens=2).text] == ["two", "re"]
+    assert len(chat.messages) == 4
+
+
+# -- the session itself ---------------------------------------------------------------------------------
+
+
+def test_while_a_stream_is_unfinished_nobody_gets_the_session() -> None:
+    vlm = make_vlm("abc")
+    stream = vlm.stream(None, "Hello")
+    with pytest.raises(UsageError, match="in the middle of another answer"), vlm.exclusive():
+        pass
+    assert stream.read().text == "abc"
+
+
+def test_whoever_has_the_session_has_it_alone() -> None:
+    vlm = make_vlm()
+    with vlm.exclusive() as session:
+        assert session is vlm.session
+        with pytest.raises(UsageError, match="in the middle of another answer"):
+            vlm.ask(None, "Hello")
+    assert vlm.ask(None, "Hello").text == "two"
+
+
+def test_rows_from_before_somebody_else_had_the_session_are_not_reused() -> None:
+    vlm = make_vlm("two", "red", "red")
+    chat = vlm.chat()
+    chat.ask("How many?", image())
+    with vlm.exclusive() as session:
+        session.rewind(0)
+        session.prefill(session.embed(np.arange(40)[None]))
+    assert chat.ask("Colour?").num_cached_tokens == 0

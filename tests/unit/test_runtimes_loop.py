@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgevlm.runtimes.generate import generate
+from edgevlm.runtimes.loop import generate
 from edgevlm.runtimes.session import Float, Ints
 
 STOP = 9

@@ -5,13 +5,22 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 
 from edgevlm.bench import machine
-from edgevlm.bench.measurement import Conditions, Measurement, Memory, Repetition, Workload
-from edgevlm.bench.memory import Peak, watch_peak
+from edgevlm.bench.measurement import (
+    GIVEN_IMAGES,
+    HEADLINE,
+    Conditions,
+    Measurement,
+    Memory,
+    Repetition,
+    Workload,
+)
+from edgevlm.bench.memory import watch_peak
 from edgevlm.bench.workload import (
     PROMPT,
     SCENE_SEED,
@@ -19,6 +28,7 @@ from edgevlm.bench.workload import (
     ask_once,
     given_pictures,
     image_name,
+    num_distinct,
     scene_pictures,
     warm_up,
 )
@@ -45,19 +55,20 @@ def measure(
     command: str | None = None,
     on_repetition: Callable[[], object] = lambda: None,
 ) -> Measurement:
-    """Time ``repetitions`` answers of ``max_tokens`` tokens, each about a new picture.
+    """Time ``repetitions`` answers of ``max_tokens`` tokens, after a warm-up.
 
-    Without ``image`` the pictures come from the scene generator, in the model's own size.  Given images are
-    asked about in turn with the image cache off, so that the vision encoder works every time.  ``check``
-    looks at golden answers first; without it those of the bundle, if ``vlm`` came from one.  ``command`` is
-    recorded; ``on_repetition`` is called after every timed repetition.
+    Without ``image`` every picture is a new one from the scene generator, in the model's own size.  Given
+    images are asked about in turn with the image cache off, so that the vision encoder works every time;
+    where they repeat, warm-up included, the regime is ``warm-given-images``.  ``check`` looks at golden
+    answers first; without it those of the bundle, if ``vlm`` came from one.  ``command`` is recorded;
+    ``on_repetition`` is called after every timed repetition.
 
     Raises BenchmarkError when the golden answer is wrong or a picture came from the cache, InputError for an
     image or a prompt that cannot be used.
     """
     if repetitions < 1:
         raise UsageError(f"repetitions must be 1 or more, got {repetitions}")
-    images = _as_sequence(image)
+    command, images = command or shlex.join(sys.argv), _as_sequence(image)
     work = _workload(vlm, images, PROMPT if prompt is None else prompt, repetitions, max_tokens)
     pictures = given_pictures(images) if images else scene_pictures(_native_size(vlm))
     started, golden = datetime.now(timezone.utc), _check_golden(vlm, check or _check_of(vlm))
@@ -65,23 +76,46 @@ def measure(
     clocks_before = machine.clocks_mhz()
     with machine.watch_other_load() as load:
         timed = tuple(_timed(vlm, work, pictures, repetitions, on_repetition))
-    clocks_after = machine.clocks_mhz()
-    with watch_peak() as peak:
-        ask_once(vlm, work, next(pictures))
-    conditions = Conditions(
-        started=started.isoformat(timespec="seconds"),
-        command=command or shlex.join(sys.argv),
+    surroundings = _Surroundings(started, golden, clocks_before, machine.clocks_mhz(), load.share)
+    return Measurement(
+        workload=replace(work, regime=_regime(images, warm.num_repetitions + repetitions)),
+        warm_up=warm,
+        memory=_memory(vlm, lambda: ask_once(vlm, work, next(pictures))),
+        conditions=_conditions(vlm, command, surroundings),
+        repetitions=timed,
+    )
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What was seen around the timed repetitions, and cannot be asked for afterwards."""
+
+    started: datetime
+    golden: str
+    clocks_mhz_before: tuple[float, ...]
+    clocks_mhz_after: tuple[float, ...]
+    other_load: float | None
+
+
+def _conditions(vlm: RuntimeVlm, command: str, seen: _Surroundings) -> Conditions:
+    return Conditions(
+        started=seen.started.isoformat(timespec="seconds"),
+        command=command,
         model=vlm.name,
-        golden=golden,
+        golden=seen.golden,
         bundle_sha256=vlm.info.get("bundle_sha256"),
         runtime={key: value for key, value in vlm.info.items() if key != "bundle_sha256"},
         device=machine.device(),
         versions=machine.versions(),
-        clocks_mhz_before=clocks_before,
-        clocks_mhz_after=clocks_after,
-        other_load=load.share,
+        clocks_mhz_before=seen.clocks_mhz_before,
+        clocks_mhz_after=seen.clocks_mhz_after,
+        other_load=seen.other_load,
     )
-    return Measurement(workload=work, warm_up=warm, memory=_memory(vlm, peak), conditions=conditions, repetitions=timed)
+
+
+def _regime(images: Sequence[ImageSource], num_answers: int) -> str:
+    """Given images are new ones only where no answer, warm-up included, sees one for a second time."""
+    return HEADLINE if not images or num_distinct(images) >= num_answers else GIVEN_IMAGES
 
 
 def _as_sequence(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
@@ -95,7 +129,7 @@ def _workload(
 ) -> Workload:
     if images:
         origin = ", ".join(image_name(one, i) for i, one in enumerate(images)) + ", image cache off"
-        distinct = len(images)
+        distinct = num_distinct(images)
     else:
         size = _native_size(vlm)
         origin = f"scene generator, seed {SCENE_SEED}, {size} x {size} PNG"
@@ -144,7 +178,10 @@ def _timed(
         yield one
 
 
-def _memory(vlm: RuntimeVlm, peak: Peak) -> Memory:
+def _memory(vlm: RuntimeVlm, ask: Callable[[], object]) -> Memory:
+    """The peak during one more answer, which is not timed."""
+    with watch_peak() as peak:
+        ask()
     weights, cache = _accounted_bytes(vlm.info.get("bundle"))
     return Memory(
         kind=peak.kind,
