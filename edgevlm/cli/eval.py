@@ -71,7 +71,6 @@ def _record(vlm: RuntimeVlm, questions: Suite, seed: int, scores: Sequence[Score
     """The scores with all that it takes to get them again."""
     return {
         "name": vlm.name,
-        "bundle": vlm.info["bundle"],
         "bundle_sha256": vlm.info["bundle_sha256"],
         "runtime": vlm.info["runtime"],
         "suite": questions.name,

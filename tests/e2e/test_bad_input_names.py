@@ -42,7 +42,6 @@ def test_an_unknown_suite_and_an_unknown_format_are_told(tiny_bundle: Path, refu
     ("library", "arguments", "fix"),
     [
         ("torch", ("export", "nano", "{out}"), "torch is not installed: pip install 'edgevlm[workshop]'"),
-        ("onnx_ir", ("export", "nano", "{out}"), "onnx_ir is not installed: pip install 'edgevlm[workshop]'"),
         ("onnxruntime", ("run", "{bundle}", "--prompt", "x"), "onnxruntime is not installed: pip install onnxruntime"),
         ("onnxruntime", ("verify", "{bundle}"), "onnxruntime is not installed: pip install onnxruntime"),
         ("PIL", ("run", "{bundle}", "--prompt", "x"), "PIL is not installed: pip install pillow"),

@@ -25,7 +25,7 @@ def evaluate(*arguments: object) -> Any:
 def test_the_record_names_the_bundle_the_questions_and_the_versions(tiny_bundle: Path) -> None:
     record = evaluate(tiny_bundle)
     assert record["bundle_sha256"] == hashlib.sha256((tiny_bundle / "SHA256SUMS").read_bytes()).hexdigest()
-    assert (record["bundle"], record["suite"], record["num_scenes"]) == (str(tiny_bundle.resolve()), "scenes", 2)
+    assert (record["suite"], record["num_scenes"]) == ("scenes", 2)
     assert record["seed"] == EVAL_SEED
     assert {"python", "edgevlm", "numpy"} <= record["versions"].keys()
     assert [score["control"] for score in record["scores"]] == [None, "shuffled", "blank", "majority"]

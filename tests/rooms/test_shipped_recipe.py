@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 from edgevlm.core.config import from_recipe
@@ -17,6 +19,19 @@ def test_the_recipe_builds_the_shipped_model(root: Path) -> None:
     shipped = load_model("nano").model.config
     vision = dataclasses.replace(recipe.model.vision, reparameterized=True)  # type: ignore[call-arg]
     assert shipped == dataclasses.replace(recipe.model, vision=vision)
+
+
+def test_the_published_scores_are_those_of_the_shipped_bundle(root: Path) -> None:
+    """The result file names the bundle by the hash of its sums, and its figures stand in the card and the README."""
+    scores = json.loads((root / SHIPPED / "scores.json").read_text())
+    sums = (root / "edgevlm/shipped/nano.bundle/SHA256SUMS").read_bytes()
+    assert scores["bundle_sha256"] == hashlib.sha256(sums).hexdigest()
+    assert scores["num_scenes"] >= 2000
+    accuracy = {one["control"]: one["overall"]["accuracy"] for one in scores["scores"]}
+    assert accuracy[None] - accuracy["shuffled"] >= 0.30
+    for text in ((root / SHIPPED / "README.md").read_text(), (root / "README.md").read_text()):
+        assert f"{100 * accuracy[None]:.1f}" in text
+        assert f"{100 * accuracy['shuffled']:.1f}" in text
 
 
 def test_the_shipped_model_is_within_its_limits(root: Path) -> None:
