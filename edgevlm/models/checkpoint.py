@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgevlm.core.config import from_mapping, read_json, to_json
-from edgevlm.core.errors import InputError, IntegrityError, UnsupportedError
+from edgevlm.core.errors import ConfigError, InputError, IntegrityError, UnsupportedError
 from edgevlm.core.files import atomic_file, write_text
 from edgevlm.core.registry import Registry
 from edgevlm.models.as_session import TorchSession
@@ -82,14 +82,34 @@ def load_native(folder: Path) -> Checkpoint:
     model = Vlm(from_mapping(VlmConfig, read_json(folder / "config.json"), strict=False, where=where))
     fill(model, read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
     file = from_mapping(ProcessorFile, read_json(folder / PROCESSOR), strict=True, where=str(folder / PROCESSOR))
+    processor = Processor.from_folder(folder, file.image, file.prompt)
+    check_agreement(processor, model.config, where=str(folder))
     return Checkpoint(
         model=model.eval(),
-        processor=Processor.from_folder(folder, file.image, file.prompt),
+        processor=processor,
         name=folder.resolve().name,
         family="edgevlm",
         folder=folder,
         suite=file.suite,
     )
+
+
+def check_agreement(processor: Processor, config: VlmConfig, *, where: str) -> None:
+    """Raise ConfigError unless the processor feeds the model what its config describes."""
+    side, image = config.vision.image_size, processor.image_spec
+    facts = (
+        ("image height", image.height, side),
+        ("image width", image.width, side),
+        ("num_vision_tokens", processor.prompt_spec.num_vision_tokens, config.num_vision_tokens),
+    )
+    for name, found, expected in facts:
+        if found != expected:
+            raise ConfigError(f"{where}: processor.json has {name} {found}, config.json describes {expected}")
+    if processor.tokenizer.vocab_size > config.decoder.vocab_size:
+        raise ConfigError(
+            f"{where}: the tokenizer has {processor.tokenizer.vocab_size} entries, the decoder only "
+            f"{config.decoder.vocab_size} (vocab_size in config.json)"
+        )
 
 
 def save_native(model: Vlm, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:

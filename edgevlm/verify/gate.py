@@ -12,7 +12,7 @@ import numpy as np
 
 from edgevlm.bundle.golden import load_golden
 from edgevlm.bundle.read import read_bundle
-from edgevlm.core.errors import EdgeVLMError, IntegrityError, ParityError
+from edgevlm.core.errors import EdgeVLMError, InputError, IntegrityError, ParityError
 from edgevlm.evaluation.scenes import GENERATOR_VERSION
 from edgevlm.processing.processor import Processor
 from edgevlm.runtimes.open import open_bundle
@@ -171,7 +171,10 @@ def _pixels(processor: Processor, case: GoldenCase, table: Mapping[str, Threshol
     The table counts in levels of a channel from 0 to 1; the smallest std stretches them most.
     """
     stretch = 1 / min(processor.image_spec.std)
-    expected, found = case.tensors["pixel_values"], processor.pixels(case.picture)
+    try:
+        expected, found = case.tensors["pixel_values"], processor.pixels(case.picture)
+    except InputError as error:
+        raise IntegrityError(f"golden/ is damaged: {error}; copy or export the bundle again") from error
     result = compare("pixels", expected, found, table["pixels"].max_abs * stretch)
     drift = float(np.abs(expected - found).mean()) if result.passed else 0.0
     allowed = table["pixels_mean"].max_abs * stretch

@@ -117,6 +117,14 @@ def test_a_golden_folder_without_cases_proves_nothing(bundle: Path) -> None:
     assert "holds no case" in result.stderr
 
 
+def test_a_damaged_golden_picture_is_damage_of_the_bundle(bundle: Path) -> None:
+    (bundle / "golden" / "0.png").write_bytes(b"no picture")
+    reseal(bundle)
+    result = CliRunner().invoke(app, ["verify", str(bundle), "-q"])
+    assert result.exit_code == 7
+    assert "golden/ is damaged" in result.stderr
+
+
 def test_an_untouched_bundle_passes(bundle: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(bundle), "--json", "-q"])
     assert result.exit_code == 0

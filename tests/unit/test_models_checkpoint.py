@@ -81,6 +81,21 @@ def test_a_config_without_a_decoder_says_so(folder: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("table", "name", "complaint"),
+    [
+        ("image", "height", "image height 64, config.json describes 32"),
+        ("prompt", "num_vision_tokens", "num_vision_tokens 64, config.json describes 4"),
+    ],
+)
+def test_a_processor_for_another_model_is_refused(folder: Path, table: str, name: str, complaint: str) -> None:
+    processor = json.loads((folder / "processor.json").read_text())
+    processor[table][name] = 64
+    (folder / "processor.json").write_text(json.dumps(processor))
+    with pytest.raises(ConfigError, match=complaint):
+        load_model(folder)
+
+
 def test_an_unknown_name_is_unsupported_and_a_missing_path_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="Did you mean 'nano'"):
         load_model("nanu")
