@@ -27,6 +27,7 @@ from edgevlm.core.hardware import compute_cores
 from edgevlm.core.optional import require
 from edgevlm.runtimes.session import Float, Ints
 
+MOST_THREADS = 256  # each has a stack, and starts before the first question
 SILENT = 4  # the library's log level "fatal": its errors reach the user as ours, in one line
 OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
 UNKNOWN_OPERATOR = ("not a registered function", "could not find an implementation")
@@ -42,8 +43,8 @@ class OnnxRuntimeSession:
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads must be 1 or more, got {threads}")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
         self._threads = threads or compute_cores()
         self._max_context, self._position = bundle.manifest.max_context, 0
         self._graphs: _Graphs | None = _Graphs(bundle, self._threads)
