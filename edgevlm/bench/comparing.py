@@ -69,6 +69,9 @@ def verdict(ratio: Ratio) -> str:
     return "no difference shown"
 
 
+ONE_RUN = "one run a side: what drifts from one process to the next is not in the intervals"
+
+
 def _warnings(a: Measurement, b: Measurement) -> Iterator[str]:
     first, second = _must_agree(a), _must_agree(b)
     for name in first:
@@ -108,7 +111,7 @@ def _to_text(comparison: Comparison) -> str:
     a, b = comparison.peak_memory_bytes
     named = [f"A = {comparison.a}", f"B = {comparison.b}", ""]
     memory = f"peak memory: A {mebibytes(a)}, B {mebibytes(b)}"
-    return "\n".join([*named, *table, "", memory, *(f"warning: {one}" for one in comparison.warnings)])
+    return "\n".join([*named, *table, "", memory, ONE_RUN, *(f"warning: {one}" for one in comparison.warnings)])
 
 
 def _bounds(ratio: Ratio) -> str:

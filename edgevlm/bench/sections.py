@@ -49,7 +49,7 @@ def _rate_tile(tpot_ms: Summary) -> Markup:
 
 
 def _memory_tile(memory: Memory) -> Markup:
-    parts = {"weights": memory.weights_bytes, "cache": memory.cache_bytes}
+    parts = {"weight files": memory.weights_bytes, "cache": memory.cache_bytes}
     inside = [f"{size / MIB:.0f} {what}" for what, size in parts.items() if size is not None]
     return tile(f"Peak memory ({memory.kind})", f"{memory.peak_bytes / MIB:.0f}", "MiB", ", ".join(inside))
 

@@ -61,9 +61,9 @@ def headline(measurement: Measurement) -> str:
 def memory_line(measurement: Measurement) -> str:
     """Peak memory and what is known to be in it."""
     memory = measurement.memory
-    parts = {"weights": memory.weights_bytes, "cache": memory.cache_bytes}
+    parts = {"weight files": memory.weights_bytes, "cache": memory.cache_bytes}
     inside = ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items() if size is not None)
-    return f"peak memory ({memory.kind}) {mebibytes(memory.peak_bytes)}" + (f", of which {inside}" if inside else "")
+    return f"peak memory ({memory.kind}) {mebibytes(memory.peak_bytes)}" + (f"; {inside}" if inside else "")
 
 
 def to_markdown(measurement: Measurement) -> str:

@@ -167,6 +167,9 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP for us
             signal.signal(number, handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it stays open to the end
     for stream in (sys.stdout, sys.stderr):
         if callable(reconfigure := getattr(stream, "reconfigure", None)):
             reconfigure(errors="backslashreplace")  # what the terminal cannot show is no reason to fail
@@ -258,9 +261,10 @@ def _drop_unwritten_output() -> None:
 def _stopped_by(error: Exception) -> int:
     """The exit code of the signal behind ``error``, else 0.
 
-    A library that a signal interrupts while it is imported may swallow that, and fail of something else.
+    A library that a signal interrupts while it is imported may swallow that, and fail of something else, which
+    may even have become an error of ours by now.
     """
-    return 128 + console.settings.signal if console.settings.signal and not isinstance(error, EdgeVLMError) else 0
+    return 128 + console.settings.signal if console.settings.signal else 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

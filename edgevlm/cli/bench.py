@@ -36,6 +36,7 @@ def command(
         int | None, typer.Option("--threads", min=1, help="Cores to compute with; default: all physical.")
     ] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Write the raw run to this .jsonl file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --save names.")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +50,8 @@ def command(
         raise UsageError(unknown_name("output format", output, list(FORMATS)))
     if save is not None and save.is_dir():
         raise UsageError(f"--save {save} is a folder: name a file, such as {save / 'run.jsonl'}")
+    if save is not None and save.exists() and save.is_file() and not overwrite:
+        raise UsageError(f"--save {save} exists already: choose another name or pass --overwrite")
     with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
         question = _question(vlm, prompt, prompt_tokens)
         measurement = _measure(vlm, image or [], question, repetitions, max_tokens)

@@ -107,7 +107,7 @@ def _refuse_to_replace(path: Path, overwrite: bool, marker: str | None) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise UsageError(f"{path} exists already: choose another name or pass --overwrite")
+        raise UsageError(f"{path} exists already: choose another name or pass --overwrite (in Python, overwrite=True)")
     here, home = Path(os.path.realpath(os.curdir)), Path(os.path.realpath(os.path.expanduser("~")))
     if path in (here, *here.parents, home, *home.parents):
         raise UsageError(f"{path} holds the current or the home folder and is never replaced: choose another name")

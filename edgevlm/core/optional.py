@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -58,6 +59,7 @@ NOT_USED_YET = ("openvino", "tensorrt", "coremltools", "llama_cpp")  # shown whe
 
 def require(module: str) -> ModuleType:
     """Import ``module``, or raise MissingLibraryError with the command that brings it."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported: no id, no network
     try:
         return import_module(module)
     except (ImportError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,8 @@ def traced_graph(part: Part) -> ir.Model:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise UnsupportedError(f"{part.name}: PyTorch cannot export it to ONNX: {error}") from error
+        reason = textwrap.shorten(str(error.__cause__ or error), 300, placeholder=" ...")
+        raise UnsupportedError(f"{part.name}: PyTorch cannot export it to ONNX: {reason}") from error
     assert program is not None
     _name_free_sizes(program.model, part)
     return program.model

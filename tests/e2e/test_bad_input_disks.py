@@ -82,7 +82,9 @@ def test_a_run_that_cannot_be_saved_is_still_shown(
     monkeypatch.setattr("edgevlm.bench.measuring.measure", lambda *_, **__: read_measurement(run_file))
     (disk / "run.jsonl").write_text("the old one")
     fill(disk, left=0)
-    result = CliRunner().invoke(app, ["bench", str(tiny_bundle), "--save", str(disk / "run.jsonl"), "-q"])
+    result = CliRunner().invoke(
+        app, ["bench", str(tiny_bundle), "--save", str(disk / "run.jsonl"), "--overwrite", "-q"]
+    )
     assert (result.exit_code, result.stderr) == (5, f"error: {disk / 'run.jsonl'}: {FULL}\n")
     assert "2 repetitions" in result.stdout
     assert (disk / "run.jsonl").read_text() == "the old one"

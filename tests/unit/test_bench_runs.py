@@ -152,7 +152,7 @@ def test_printing_a_run_shows_both_first_token_times_with_interval_and_count() -
     assert re.search(r"TTFT user \(ms\) +\| +20\.0 \| +20\.0 - 20\.1 \| +20\.1 \| +- \| +20\.1 \| +20 \|", text)
     assert "TTFT engine (ms)" in text
     assert "warm-new-image · 20 repetitions after 4 warm-ups" in text
-    assert "peak memory (PSS) 64.0 MiB, of which weights 32.0 MiB" in text
+    assert "peak memory (PSS) 64.0 MiB; weight files 32.0 MiB" in text
 
 
 def test_too_few_repetitions_show_neither_interval_nor_p95() -> None:

@@ -103,6 +103,13 @@ def test_bench_lengthens_the_prompt(vlm: SteadyVlm) -> None:
     assert {len(prompt.split()) for prompt in vlm.prompts} == {50}
 
 
+def test_bench_keeps_an_earlier_run_unless_told(saved: Path) -> None:
+    before = saved.read_bytes()
+    done = edgevlm_("bench", "steady", "-r", 6, "--save", saved)
+    assert (done.exit_code, saved.read_bytes()) == (2, before)
+    assert edgevlm_("bench", "steady", "-r", 6, "--save", saved, "--overwrite").exit_code == 0
+
+
 def test_bench_with_a_wrong_golden_answer_exits_with_nine_and_saves_nothing(
     vlm: SteadyVlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
