@@ -86,9 +86,7 @@ def test_help_names_every_verb_and_imports_none(root: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
-def test_every_verb_in_the_table_can_be_loaded(verb: Verb, root: Path) -> None:
-    if not (root / f"{verb.module.replace('.', '/')}.py").exists():
-        pytest.skip("not written yet")
+def test_every_verb_in_the_table_can_be_loaded(verb: Verb) -> None:
     assert callable(importlib.import_module(verb.module).command)
     result = run(verb.name, "--help")
     assert result.exit_code == 0, result.output
