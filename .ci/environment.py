@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "edgevlm-installed"
-EXTRAS = "workshop,dev"
+EXTRAS = "workshop,parity,dev"
 
 NO_ENSUREPIP = f"""\
 {sys.executable} cannot create virtual environments: its module ensurepip is missing.

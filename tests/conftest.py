@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and our subprocesses do not mix
+
+# A torchvision built for CUDA beside a CPU PyTorch does not import, and then neither do timm and transformers'
+# models: its two compiled operators are missing.  Nothing here calls them, so their signatures are enough.
+if importlib.util.find_spec("torchvision"):
+    TORCHVISION_OPERATORS = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        TORCHVISION_OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_VARIABLE = "EDGEVLM_TEST_DATA"

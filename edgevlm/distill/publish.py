@@ -11,7 +11,8 @@ from edgevlm.core.config import to_json
 from edgevlm.core.files import write_text
 from edgevlm.distill.recipe import TrainRecipe
 from edgevlm.distill.vocabulary import END, IMAGE
-from edgevlm.models.checkpoint import ProcessorFile, save_native
+from edgevlm.families.native import ProcessorFile
+from edgevlm.models.checkpoint import save_native
 from edgevlm.models.vision.hybrid import reparameterize
 from edgevlm.models.vlm import Vlm
 from edgevlm.processing.image_spec import ImageSpec

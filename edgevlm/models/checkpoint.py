@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgevlm.core.config import from_mapping, read_json, to_json
-from edgevlm.core.errors import ConfigError, InputError, IntegrityError, UnsupportedError
+from edgevlm.core.config import to_json
+from edgevlm.core.errors import ConfigError, InputError, IntegrityError
 from edgevlm.core.files import atomic_file, write_text
-from edgevlm.core.registry import Registry
+from edgevlm.families.detect import family_of
+from edgevlm.families.family import Family, Placement
+from edgevlm.families.folder import ModelFolder
 from edgevlm.models.as_session import TorchSession
 from edgevlm.models.vlm import Vlm
 from edgevlm.processing.processor import Processor
@@ -24,11 +25,6 @@ from edgevlm.shapes.config import VlmConfig
 from edgevlm.shipped import find_weights
 
 WEIGHTS = "model.safetensors"
-PROCESSOR = "processor.json"
-
-FAMILIES: Registry[Callable[[Path], Checkpoint]] = Registry(
-    "model family", {"edgevlm": "edgevlm.models.checkpoint:load_native"}, group="edgevlm.families"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,44 +50,50 @@ class Checkpoint:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessorFile:
-    """What ``processor.json`` of a native checkpoint holds."""
-
-    image: dict[str, Any]
-    prompt: dict[str, Any]
-    suite: str = ""
-
-
 def load_model(model: str | Path) -> Checkpoint:
     """The model in a folder, or of a shipped name, in float32 and ready to answer.
 
     Raises InputError when there is no such model, UnsupportedError for a family that nobody has written,
     IntegrityError for damaged weights.
     """
-    folder = find_weights(model)
-    family = read_json(folder / "config.json").get("model_type")
-    if not isinstance(family, str):
-        raise UnsupportedError(f"{folder / 'config.json'} names no model_type; known: {', '.join(FAMILIES)}")
-    return FAMILIES[family](folder)
-
-
-def load_native(folder: Path) -> Checkpoint:
-    """A model in EdgeVLM's own layout: the names of its modules are the names in the file."""
-    where = str(folder / "config.json")
-    model = Vlm(from_mapping(VlmConfig, read_json(folder / "config.json"), strict=False, where=where))
-    fill(model, read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
-    file = from_mapping(ProcessorFile, read_json(folder / PROCESSOR), strict=True, where=str(folder / PROCESSOR))
-    processor = Processor.from_folder(folder, file.image, file.prompt)
-    check_agreement(processor, model.config, where=str(folder))
+    folder = ModelFolder(find_weights(model))
+    family = family_of(folder)
+    config = family.config(folder)
+    net = Vlm(config)
+    weights = folder.path / WEIGHTS
+    fill(net, placed(read_tensors(weights), family, config), where=str(weights))
+    processor = family.processor(folder, config)
+    check_agreement(processor, config, where=str(folder.path))
     return Checkpoint(
-        model=model.eval(),
+        model=net.eval(),
         processor=processor,
-        name=folder.resolve().name,
-        family="edgevlm",
-        folder=folder,
-        suite=file.suite,
+        name=folder.path.resolve().name,
+        family=family.name,
+        folder=folder.path,
+        suite=family.suite(folder),
     )
+
+
+def placed(tensors: Mapping[str, Tensor], family: Family, config: VlmConfig) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names of our model; unknown ones keep theirs."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        places = family.place(name, config)
+        if places is None:
+            result[name] = tensor
+            continue
+        result |= {where.name: changed(tensor, where) for where in places}
+    return result
+
+
+def changed(tensor: Tensor, where: Placement) -> Tensor:
+    """``tensor`` as ``where`` wants it."""
+    while where.squeeze and tensor.dim() > 1 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    number, total = where.part
+    if total > 1:
+        tensor = tensor.chunk(total)[number]
+    return tensor.T if where.transpose else tensor
 
 
 def check_agreement(processor: Processor, config: VlmConfig, *, where: str) -> None:

@@ -8,10 +8,9 @@ from torch.nn import functional as F
 
 from edgevlm.models.decoder import Decoder
 from edgevlm.models.kv_cache import KVCache
-from edgevlm.models.projectors.mlp import make_projector
-from edgevlm.models.vision.hybrid import HybridEncoder
-from edgevlm.models.vision.vit import VisionTransformer
-from edgevlm.shapes.config import HybridConfig, VlmConfig
+from edgevlm.models.projectors import PROJECTORS
+from edgevlm.models.vision import ENCODERS
+from edgevlm.shapes.config import VlmConfig
 
 
 class Vlm(nn.Module):
@@ -20,9 +19,9 @@ class Vlm(nn.Module):
     def __init__(self, config: VlmConfig) -> None:
         super().__init__()
         self.config = config
-        vision, decoder = config.vision, config.decoder
-        self.vision_encoder = HybridEncoder(vision) if isinstance(vision, HybridConfig) else VisionTransformer(vision)
-        self.projector = make_projector(config)
+        decoder = config.decoder
+        self.vision_encoder = ENCODERS[config.vision.type](config.vision)
+        self.projector = PROJECTORS[config.projector.type](config)
         self.embed_tokens = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
         self.decoder = Decoder(decoder)
         self.lm_head: nn.Linear | None = None

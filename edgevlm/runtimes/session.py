@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -10,6 +11,18 @@ from numpy.typing import NDArray
 
 Float: TypeAlias = NDArray[np.float32]
 Ints: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """What a vision encoder makes of one picture.
+
+    ``tokens`` [1, N, D] are what the decoder reads.  ``fusion_cache`` [layers, 2, K, rows, head_dim], of models with
+    modality pre-fusion only, holds the keys and values by which text sees the whole picture before the decoder.
+    """
+
+    tokens: Float
+    fusion_cache: Float | None = None
 
 
 class Session(Protocol):
@@ -25,8 +38,19 @@ class Session(Protocol):
         """Rows that the kv cache holds now."""
         ...
 
-    def encode(self, pixel_values: Float) -> Float:
-        """Pixels ``[1, 3, H, W]`` to image features ``[1, N, D]``; the cache is not touched."""
+    def encode(self, pixel_values: Float) -> ImageFeatures:
+        """Pixels ``[S, 3, H, W]`` of one picture, its S tiles or views, to its features; the cache is not touched.
+
+        Tiles that the model encodes one by one give their tokens one after the other.
+        """
+        ...
+
+    def fuse(self, features: ImageFeatures, inputs_embeds: Float) -> Float:
+        """Text rows ``[1, T, D]`` that have seen the picture, for features with a ``fusion_cache``.
+
+        The rows are the prompt's text alone, in order; the kv cache is not touched.  Raises UnsupportedError for a
+        model without pre-fusion.
+        """
         ...
 
     def embed(self, input_ids: Ints) -> Float:

@@ -1,9 +1,10 @@
 """What a model is made of, as frozen data.
 
     VlmConfig
-    ├── vision     HybridConfig | VitConfig                   picture  -> H·W features
-    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig   features -> N vision tokens of width D
-    └── decoder    DecoderConfig                              tokens   -> logits
+    ├── vision     HybridConfig | VitConfig | FastVitConfig | StemVitConfig     picture  -> H·W features
+    ├── projector  MlpConfig | UnshuffleConfig | PoolConfig | QueriesConfig     features -> N vision tokens of width D
+    ├── fusion     FusionConfig or nothing                                      fewer tokens, text that has seen them
+    └── decoder    DecoderConfig                                                tokens   -> logits
 
 Fields that hubs know keep the hub's name.  ``type`` is the tag by which a file says which config it holds.
 """
@@ -14,11 +15,46 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgevlm.core.errors import ConfigError
+from edgevlm.shapes.checks import check_heads, check_positive
+from edgevlm.shapes.fastvit import FastVitConfig
+from edgevlm.shapes.fusion import FusionConfig
+from edgevlm.shapes.stem_vit import StemVitConfig
+
+__all__ = [
+    "DecoderConfig",
+    "FastVitConfig",
+    "FusionConfig",
+    "HybridConfig",
+    "Llama3Scaling",
+    "MlpConfig",
+    "PoolConfig",
+    "QueriesConfig",
+    "StemVitConfig",
+    "UnshuffleConfig",
+    "VitConfig",
+    "VlmConfig",
+    "check_positive",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's stretched rotary positions: low frequencies divided by ``factor``, a smooth step between."""
+
+    type: Literal["llama3"] = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A causal decoder of the Llama layout; Qwen2, Qwen3 and SmolLM2 are settings of it."""
+    """A causal decoder of the Llama layout; Qwen2, Qwen3 and SmolLM2 are settings of it.
+
+    ``norm``, ``mlp`` and ``positions`` have other values for decoders of the GPT-2 layout, whose linear layers all
+    have biases.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -30,9 +66,13 @@ class DecoderConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: Llama3Scaling | None = None
     attention_bias: bool = False  # on query, key and value (Qwen2)
     qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
     tie_word_embeddings: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    positions: Literal["rotary", "learned"] = "rotary"
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -48,7 +88,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig:
-    """A plain vision transformer with learned positions and no class token (SigLIP's layout)."""
+    """A plain vision transformer with learned positions: SigLIP's layout by default, CLIP's by its settings.
+
+    ``num_hidden_layers`` counts the blocks that run: of CLIP's 24, LLaVA reads what the 23rd gives.
+    """
 
     type: Literal["vit"] = "vit"
     image_size: int
@@ -58,14 +101,17 @@ class VitConfig:
     num_hidden_layers: int
     num_attention_heads: int
     layer_norm_eps: float = 1e-6
+    hidden_act: Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"] = "gelu_pytorch_tanh"
+    class_token: bool = False  # CLIP: a first token that stands for no patch; it is dropped at the end
+    pre_layernorm: bool = False  # CLIP: a norm before the first block, and no bias in the patch embedding
+    post_layernorm: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "patch_size", "hidden_size", "intermediate_size")
         check_positive(self, "num_hidden_layers", "num_attention_heads")
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
+        check_heads(self, self.hidden_size, self.num_attention_heads)
 
     @property
     def grid_size(self) -> int:
@@ -125,10 +171,16 @@ class HybridConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-    """One vision token per feature: Linear, GELU, Linear (LLaVA-1.5)."""
+    """One vision token per feature: Linear, GELU, Linear (LLaVA-1.5).
+
+    ``num_layers`` 1 is a Linear alone; ``hidden_size`` is the width between two, by default the decoder's.
+    """
 
     type: Literal["mlp"] = "mlp"
     factor: Literal[1] = 1
+    num_layers: Literal[1, 2] = 2
+    hidden_size: int | None = None
+    bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +189,9 @@ class UnshuffleConfig:
 
     type: Literal["unshuffle"] = "unshuffle"
     factor: int = 2
+    num_layers: Literal[1, 2] = 2
+    hidden_size: int | None = None
+    bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +200,34 @@ class PoolConfig:
 
     type: Literal["pool"] = "pool"
     factor: int = 2
+    num_layers: Literal[1, 2] = 2
+    hidden_size: int | None = None
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueriesConfig:
+    """``num_queries`` learned queries attend to the features; the first m of them serve any smaller budget (MQT).
+
+    Source: Matryoshka Query Transformer, arXiv:2405.19315, as the released code behaves.
+    """
+
+    type: Literal["queries"] = "queries"
+    factor: Literal[1] = 1
+    num_queries: int = 256
+    table_size: int = 256  # queries that the checkpoint holds
+    num_heads: int = 16
+    folded: bool = False  # attention, which does not depend on the picture, is a constant already
 
 
 @dataclass(frozen=True, kw_only=True)
 class VlmConfig:
     """A whole vision-language model."""
 
-    vision: HybridConfig | VitConfig
-    projector: MlpConfig | UnshuffleConfig | PoolConfig
+    vision: HybridConfig | VitConfig | FastVitConfig | StemVitConfig
+    projector: MlpConfig | UnshuffleConfig | PoolConfig | QueriesConfig
     decoder: DecoderConfig
+    fusion: FusionConfig | None = None
     model_type: str = "edgevlm"
 
     def __post_init__(self) -> None:
@@ -165,13 +239,15 @@ class VlmConfig:
 
     @property
     def num_vision_tokens(self) -> int:
-        """Rows that the decoder reads of one picture (N)."""
+        """Rows that the decoder reads of one picture, or of one tile of it (N)."""
+        if self.fusion is not None:
+            return self.fusion.num_vision_tokens
+        if isinstance(self.projector, QueriesConfig):
+            return self.projector.num_queries
         side = self.vision.grid_size // self.projector.factor
         return side * side
 
-
-def check_positive(config: object, *names: str) -> None:
-    """Raise ConfigError unless every named field is at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}")
+    @property
+    def num_views(self) -> int:
+        """Pictures of the encoder's size that it takes at once; more than 1 for a high-resolution LLaVA-Mini."""
+        return 1 if self.fusion is None else self.fusion.num_views

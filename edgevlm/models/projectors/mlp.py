@@ -11,18 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgevlm.core.errors import ConfigError
-from edgevlm.shapes.config import PoolConfig, UnshuffleConfig, VlmConfig
+from edgevlm.shapes.config import MlpConfig, PoolConfig, UnshuffleConfig, VlmConfig
 
 
 def make_projector(config: VlmConfig) -> nn.Sequential:
     """``(B, H·W, features)`` to ``(B, N, D)``."""
-    features, width, factor = config.vision.feature_size, config.decoder.hidden_size, config.projector.factor
+    projector = config.projector
+    assert isinstance(projector, (MlpConfig, UnshuffleConfig, PoolConfig))
+    features, width = config.vision.feature_size, config.decoder.hidden_size
     reducer: nn.Module = nn.Identity()
-    if isinstance(config.projector, UnshuffleConfig):
-        reducer, features = SpaceToDepth(factor), features * factor**2
-    elif isinstance(config.projector, PoolConfig):
-        reducer = AveragePool(factor)
-    return nn.Sequential(reducer, nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+    if isinstance(projector, UnshuffleConfig):
+        reducer, features = SpaceToDepth(projector.factor), features * projector.factor**2
+    elif isinstance(projector, PoolConfig):
+        reducer = AveragePool(projector.factor)
+    if projector.num_layers == 1:
+        return nn.Sequential(reducer, nn.Linear(features, width, bias=projector.bias))
+    inner = projector.hidden_size or width
+    first, second = nn.Linear(features, inner, bias=projector.bias), nn.Linear(inner, width, bias=projector.bias)
+    return nn.Sequential(reducer, first, nn.GELU(), second)
 
 
 class SpaceToDepth(nn.Module):
