@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from edgevlm.models.checkpoint import load_model
     from edgevlm.runtimes.open import open_bundle
     from edgevlm.runtimes.sampling import Sampling
+    from edgevlm.runtimes.video import Video
     from edgevlm.verify import verify_bundle
 
 _HOMES = {  # where each public name lives; imported when it is first used, so that a device never loads PyTorch
     "EdgeVLMError": "edgevlm.core.errors",
     "Sampling": "edgevlm.runtimes.sampling",
+    "Video": "edgevlm.runtimes.video",
     "export_bundle": "edgevlm.export.pipeline",
     "load_model": "edgevlm.models.checkpoint",
     "measure": "edgevlm.bench.measuring",
@@ -37,6 +39,7 @@ _HOMES = {  # where each public name lives; imported when it is first used, so t
 __all__ = [
     "EdgeVLMError",
     "Sampling",
+    "Video",
     "__version__",
     "export_bundle",
     "load_model",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,29 @@ def test_data() -> Path:
     if not folder:
         pytest.skip(f"{DATA_VARIABLE} is not set: it names a folder with public data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[..., Path]:
+    """Write a tokenizer of single bytes (ids 0 to 255) and special tokens at given ids (256 and above) into a folder.
+
+    ``tiny_tokenizer(folder, {"<image>": 256, "</s>": 257}, eos_token="</s>", chat_template="...")``: what is named
+    goes into tokenizer_config.json.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    def write(folder: Path, extra_tokens: Mapping[str, int], **settings: object) -> Path:
+        letters = {letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE({**letters, **extra_tokens}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in extra_tokens])
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ from edgevlm.bench.workload import (
     scene_pictures,
     warm_up,
 )
-from edgevlm.bundle.manifest import PARTS
 from edgevlm.bundle.read import read_bundle
 from edgevlm.core.errors import BenchmarkError, UsageError
 from edgevlm.processing.images import ImageSource
@@ -197,7 +196,8 @@ def _accounted_bytes(folder: str | None) -> tuple[int | None, int | None]:
     if folder is None:
         return None, None
     manifest = read_bundle(Path(folder), check=False).manifest
-    files = {name for part in PARTS for name in manifest.part(part).files}
+    parts = dict.fromkeys(part.part for part in manifest.parts)
+    files = {name for part in parts for name in manifest.part(part).files}
     shape = manifest.decoder
     numbers = 2 * shape.num_layers * shape.num_key_value_heads * manifest.max_context * shape.head_size
     return sum(manifest.file_bytes.get(name, 0) for name in files), numbers * KV_CACHE_BYTES_PER_NUMBER

@@ -9,6 +9,7 @@ from itertools import count, cycle, pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 from PIL import Image
 
 from edgevlm.bench.measurement import Repetition, WarmUp, Workload
@@ -16,6 +17,7 @@ from edgevlm.core.errors import UsageError
 from edgevlm.evaluation.scenes import make_scene, render
 from edgevlm.processing.chat import user_message
 from edgevlm.processing.images import ImageSource
+from edgevlm.processing.picture import Grid
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.vlm import RuntimeVlm
 
@@ -64,29 +66,30 @@ def num_distinct(images: Sequence[ImageSource]) -> int:
 
 
 def prompt_of_length(vlm: RuntimeVlm, num_tokens: int, prompt: str = PROMPT) -> str:
-    """``prompt``, lengthened until a question about one picture has ``num_tokens`` tokens, vision included.
+    """``prompt``, lengthened until a question about one scene has ``num_tokens`` tokens, vision included.
 
     The count is exact wherever the vocabulary has a filler that costs a single token, else as near below as
     fillers come; every repetition of a measurement records what it was.  Raises UsageError where the vision
     tokens and ``prompt`` alone are more, or the context is shorter.
     """
-    shortest = prompt_tokens(vlm, prompt)
+    grid = scene_grid(vlm)
+    shortest = prompt_tokens(vlm, prompt, grid)
     if not shortest <= num_tokens <= vlm.max_context:
         raise UsageError(
             f"a prompt of {num_tokens} tokens is not possible: {vlm.name} needs {shortest} for a picture "
             f"and the shortest question, and its context holds {vlm.max_context}"
         )
-    for filler in sorted(FILLERS, key=lambda one: abs(prompt_tokens(vlm, prompt + 2 * one) - shortest - 2)):
-        prompt = _filled(vlm, prompt, filler, num_tokens)
+    for filler in sorted(FILLERS, key=lambda one: abs(prompt_tokens(vlm, prompt + 2 * one, grid) - shortest - 2)):
+        prompt = _filled(vlm, prompt, filler, num_tokens, grid)
     return prompt
 
 
-def _filled(vlm: RuntimeVlm, prompt: str, filler: str, num_tokens: int) -> str:
+def _filled(vlm: RuntimeVlm, prompt: str, filler: str, num_tokens: int, grid: Grid) -> str:
     """``prompt`` and as many fillers as ``num_tokens`` leaves room for; each one costs a token or more."""
-    low, high = 0, num_tokens - prompt_tokens(vlm, prompt)
+    low, high = 0, num_tokens - prompt_tokens(vlm, prompt, grid)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = prompt_tokens(vlm, prompt + filler * middle) <= num_tokens
+        fits = prompt_tokens(vlm, prompt + filler * middle, grid) <= num_tokens
         low, high = (middle, high) if fits else (low, middle - 1)
     return prompt + filler * low
 
@@ -139,6 +142,15 @@ def repetition(image: str, answer: Answer) -> Repetition:
     )
 
 
-def prompt_tokens(vlm: RuntimeVlm, prompt: str) -> int:
-    """How many tokens a question about one picture has, vision included."""
-    return len(vlm.processor.input_ids([user_message(prompt, num_images=1)]))
+def prompt_tokens(vlm: RuntimeVlm, prompt: str, grid: Grid) -> int:
+    """How many tokens a question about one picture of ``grid`` tiles has, vision included."""
+    return len(vlm.processor.input_ids([user_message(prompt, num_images=1)], grids=[grid]))
+
+
+def scene_grid(vlm: RuntimeVlm) -> Grid:
+    """The rows and columns of tiles that a scene of the model's own size is cut into."""
+    image = vlm.processor.image_spec
+    if image.split is None:
+        return (1, 1)
+    side = max(image.height, image.width, SMALLEST_SCENE)
+    return vlm.processor.prepare(np.zeros((side, side, 3), np.uint8)).grid

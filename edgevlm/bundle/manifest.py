@@ -12,7 +12,9 @@ from edgevlm.core.errors import ConfigError, IntegrityError, UnsupportedError
 from edgevlm.core.registry import unknown_name
 
 SCHEMA_VERSION = 1
-PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")  # of every bundle
+OPTIONAL_PARTS = ("fusion",)  # of models with modality pre-fusion
+KNOWN_PARTS = (*PARTS, *OPTIONAL_PARTS)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class PartFile:
     outputs: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise ConfigError(unknown_name("part", self.part, PARTS))
+        if self.part not in KNOWN_PARTS:
+            raise ConfigError(unknown_name("part", self.part, KNOWN_PARTS))
         if not self.target or not self.precision:
             raise ConfigError(f"part {self.part} needs a target and a precision")
         for name in self.files:
@@ -76,12 +78,28 @@ class DecoderShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusionShape:
+    """What a runtime must know of modality pre-fusion, where text rows see the picture before the decoder.
+
+    ``num_layers`` of the fusion; ``skip_token_zero``: token id 0 is left out of it, as the model was trained.
+    """
+
+    num_layers: int
+    skip_token_zero: bool
+
+    def __post_init__(self) -> None:
+        if self.num_layers <= 0:
+            raise ConfigError(f"fusion num_layers must be positive, found {self.num_layers}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The whole of ``edgevlm.json``.
 
     ``image`` and ``prompt`` are the plain mappings of the image and prompt specifications; ``file_bytes`` is
     the length of each part's files, which ``write_manifest`` fills in.  Where a part stands in several
-    precisions for one target, the first is the default.
+    precisions for one target, the first is the default.  ``num_vision_tokens`` counts one picture, or one tile
+    of it.  ``fusion`` and a part ``fusion`` come together or not at all.
     """
 
     schema: int = SCHEMA_VERSION
@@ -93,6 +111,7 @@ class Manifest:
     num_vision_tokens: int
     decoder: DecoderShape
     max_context: int
+    fusion: FusionShape | None = None
     suite: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)
@@ -111,8 +130,8 @@ class Manifest:
 
         Raises UnsupportedError, which names what the bundle holds instead.
         """
-        if name not in PARTS:
-            raise UnsupportedError(unknown_name("part", name, PARTS))
+        if name not in KNOWN_PARTS:
+            raise UnsupportedError(unknown_name("part", name, KNOWN_PARTS))
         same = [part for part in self.parts if part.part == name and part.target == target]
         for part in same:
             if precision in (None, part.precision):
@@ -120,7 +139,7 @@ class Manifest:
         if same:
             found = ", ".join(part.precision for part in same)
             raise UnsupportedError(f"{self.name}: {name} for {target} has no precision {precision!r}; it has {found}")
-        targets = ", ".join(sorted({part.target for part in self.parts if part.part == name}))
+        targets = ", ".join(sorted({part.target for part in self.parts if part.part == name})) or "no such part"
         raise UnsupportedError(f"{self.name}: {name} was not exported for {target!r}; the bundle holds {targets}")
 
     def targets(self) -> tuple[str, ...]:
@@ -132,9 +151,15 @@ class Manifest:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.files))
 
     def _check_parts(self) -> None:
-        missing = [name for name in PARTS if name not in {part.part for part in self.parts}]
+        found = {part.part for part in self.parts}
+        missing = [name for name in PARTS if name not in found]
         if missing:
             raise ConfigError(f"no file for part {', '.join(missing)}")
+        if (self.fusion is not None) != ("fusion" in found):
+            raise ConfigError(
+                "the field fusion and a part fusion belong together; found only the "
+                + ("part" if self.fusion is None else "field")
+            )
         seen = set()
         for part in self.parts:
             key = (part.part, part.target, part.precision)

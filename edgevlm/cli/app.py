@@ -54,6 +54,7 @@ VERBS = (
     Verb("doctor", MACHINE, "Show this machine, and how to install what is missing."),
     Verb("targets", MACHINE, "List export targets and runtimes, and what each needs."),
     Verb("version", MACHINE, "Show the versions of EdgeVLM and what it runs on."),
+    Verb("inspect", MACHINE, "Show what a model is made of and what it costs, without its weights."),
     Verb("train", WORKSHOP, "Train a model from a recipe."),
     Verb("export", WORKSHOP, "Turn a model into a verified bundle."),
     Verb("verify", DEVICE, "Check that a bundle still is the model it was made from."),

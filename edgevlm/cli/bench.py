@@ -81,6 +81,6 @@ def _question(vlm: RuntimeVlm, prompt: str | None, prompt_tokens: int | None) ->
     if prompt_tokens is None:
         return prompt
     question = workload.prompt_of_length(vlm, prompt_tokens, workload.PROMPT if prompt is None else prompt)
-    if (found := workload.prompt_tokens(vlm, question)) != prompt_tokens:
+    if (found := workload.prompt_tokens(vlm, question, workload.scene_grid(vlm))) != prompt_tokens:
         say(f"the prompt has {found} tokens: nothing that this vocabulary knows makes it {prompt_tokens}")
     return question

@@ -11,7 +11,7 @@ from edgevlm.cli import console
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a shipped name (nano).")],
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, shipped name (nano) or hub id (owner/name).")],
     out: Annotated[Path | None, typer.Argument(help="Bundle folder to write.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The same, as an option.")] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="See `edgevlm targets`.")] = "onnx",
@@ -23,6 +23,27 @@ def command(
         typer.Option("--half-storage", help="Store weights that float16 holds exactly in half the bytes."),
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that failed the gate as OUT.failed.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; also owner/name@revision.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Take a hub id from the cache, ask no network.")] = False,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", min=1, help="Pixels a side, where the encoder takes others than its own."),
+    ] = None,
+    image_fit: Annotated[
+        str | None, typer.Option("--image-fit", help="What is done to pictures that are not square: pad, center-crop.")
+    ] = None,
+    image_splitting: Annotated[
+        bool | None,
+        typer.Option("--image-splitting/--no-image-splitting", help="Whether large pictures are cut into tiles."),
+    ] = None,
+    vision_tokens: Annotated[
+        int | None, typer.Option("--vision-tokens", min=1, help="Tokens a picture, where the model leaves a choice.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option("--max-context", min=1, help="Rows that the kv cache holds; fewer take less memory.")
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Export MODEL to a bundle that a runtime can open, and prove that it is the same model."""
@@ -30,6 +51,7 @@ def command(
     from edgevlm.bundle.read import read_bundle
     from edgevlm.core.config import read_json
     from edgevlm.export.pipeline import STEPS, export_bundle
+    from edgevlm.families.licence import Licence
 
     with console.steps(f"export {model}", STEPS) as begin:
         bundle = export_bundle(
@@ -40,6 +62,13 @@ def command(
             half_storage=half_storage,
             keep=keep,
             report=begin,
+            revision=revision,
+            offline=offline,
+            image_size=image_size,
+            image_fit=image_fit,
+            image_splitting=image_splitting,
+            vision_tokens=vision_tokens,
+            max_context=max_context,
         )
     if as_json:
         console.print_json({"bundle": str(bundle), "verify": read_json(bundle / "verify.json")})
@@ -49,6 +78,8 @@ def command(
     typer.echo(
         f"{bundle}: {manifest.name} for {target}, {len(manifest.parts)} parts, {num_bytes / 1e6:.1f} MB, verified"
     )
+    if licence := manifest.provenance.get("licence"):
+        typer.echo(f"licence of the weights: {Licence(**{**licence, 'files': tuple(licence['files'])})}")
     typer.echo(f"next: edgevlm run {bundle} --image PICTURE --prompt QUESTION")
 
 

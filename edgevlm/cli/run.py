@@ -19,6 +19,7 @@ from edgevlm.runtimes import MAX_TOKENS
 if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer, AnswerStream
     from edgevlm.runtimes.chat import Chat
+    from edgevlm.runtimes.video import Video
 
 HELP = "/image PATH adds a picture to the next question, /reset forgets all, /quit or Ctrl-D leaves"
 
@@ -26,6 +27,7 @@ HELP = "/image PATH adds a picture to the next question, /reset forgets all, /qu
 def command(
     bundle: Annotated[str, typer.Argument(help="Folder that `edgevlm export` wrote, or a shipped name.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
+    frames: Annotated[list[Path] | None, typer.Option(help="A picture of a video, in order; repeatable.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question; a chat without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = MAX_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -39,12 +41,16 @@ def command(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     json: Json = False,
 ) -> None:
-    """Ask BUNDLE about an image, once with --prompt, else in a chat."""
+    """Ask BUNDLE about an image, or the frames of a video, once with --prompt, else in a chat."""
     if json and prompt is None:
         raise UsageError("--json needs --prompt: a chat is for people")
+    if image and frames:
+        raise UsageError("--image and --frames are both given: ask about one picture or about one video")
     from edgevlm.runtimes.open import open_bundle
     from edgevlm.runtimes.sampling import Sampling
+    from edgevlm.runtimes.video import Video
 
+    shown = Video(frames=frames) if frames else image
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
@@ -52,11 +58,11 @@ def command(
     with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
         if prompt is None:
             say(f"{vlm.name}: {HELP}; Ctrl-C stops an answer")
-            Conversation(vlm.chat(), image, options).run(read_lines())
+            Conversation(vlm.chat(), shown, options).run(read_lines())
         elif json:
-            print_json(vlm.ask(image, prompt, **options))
+            print_json(vlm.ask(shown, prompt, **options))
         else:
-            show(vlm.stream(image, prompt, **options))
+            show(vlm.stream(shown, prompt, **options))
 
 
 def show(stream: AnswerStream) -> Answer:
@@ -83,7 +89,7 @@ def times(answer: Answer) -> str:
 class Conversation:
     """Obeys the lines of a user: questions, and commands that begin with a slash."""
 
-    def __init__(self, chat: Chat, image: Path | None, options: dict[str, Any]) -> None:
+    def __init__(self, chat: Chat, image: Path | Video | None, options: dict[str, Any]) -> None:
         self.chat, self.image, self.options = chat, image, options
 
     def run(self, lines: Iterator[str]) -> None:

@@ -13,11 +13,11 @@ from edgevlm.distill.recipe import TrainRecipe
 from edgevlm.distill.vocabulary import END, IMAGE
 from edgevlm.families.native import ProcessorFile
 from edgevlm.models.checkpoint import save_native
-from edgevlm.models.vision.hybrid import reparameterize
+from edgevlm.models.vision.reparameterize import reparameterize
 from edgevlm.models.vlm import Vlm
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import PromptSpec
-from edgevlm.shapes.config import HybridConfig
+from edgevlm.shapes.config import FastVitConfig, HybridConfig
 
 PAD_COLOR = (128, 128, 128)
 
@@ -25,7 +25,7 @@ PAD_COLOR = (128, 128, 128)
 def publish(model: Vlm, recipe: TrainRecipe, folder: Path) -> None:
     """Make the run's folder a checkpoint: weights in inference form as float16, config and processor."""
     model = reparameterize(model)
-    if isinstance(recipe.model.vision, HybridConfig):
+    if isinstance(recipe.model.vision, (FastVitConfig, HybridConfig)):
         model.config = replace(recipe.model, vision=replace(recipe.model.vision, reparameterized=True))
     save_native(model, folder)
     write_text(folder / "processor.json", to_json(processor_file(recipe, folder)))

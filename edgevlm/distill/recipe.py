@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgevlm.core.errors import ConfigError
+from edgevlm.core.errors import ConfigError, UnsupportedError
 from edgevlm.core.registry import unknown_name
 from edgevlm.evaluation.suites import HELD_OUT_SEEDS, SUITES
 from edgevlm.shapes.config import VlmConfig, check_positive
@@ -78,6 +78,8 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         check_positive(self, "log_every", "save_every")
+        if self.model.fusion is not None:
+            raise UnsupportedError("model.fusion: training does not fuse pictures and text yet; leave it out")
         decoder, images = self.model.decoder, self.optimization.batch_images
         if images > self.data.num_scenes:
             raise ConfigError(f"batch_images ({images}) exceeds num_scenes ({self.data.num_scenes})")

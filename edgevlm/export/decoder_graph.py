@@ -1,7 +1,7 @@
 """The decoder as an ONNX graph, written node by node.
 
-One graph serves prefill and decode.  Attention is ``GroupQueryAttention`` with rotary positions inside; its
-past and present may be one shared buffer, so nothing is copied from token to token.  Only the last row
+One graph serves prefill and decode.  Attention is ``GroupQueryAttention``, with rotary positions inside if the model
+has them; its past and present may be one shared buffer, so nothing is copied from token to token.  Only the last row
 reaches the head.
 
 Operators of the ``com.microsoft`` domain are documented in ONNX Runtime's ContribOperators.md.
@@ -9,18 +9,18 @@ Operators of the ``com.microsoft`` domain are documented in ONNX Runtime's Contr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgevlm.bundle.manifest import TensorSpec
-from edgevlm.core.errors import UnsupportedError
+from edgevlm.export.graph_writer import GraphWriter
+from edgevlm.export.heads import cache_head_size, head_norm, into_heads, out_of_heads, rotary_caches
 from edgevlm.export.parts import Part
-from edgevlm.models.decoder import Attention, Decoder, DecoderLayer, RMSNorm, SwiGLU, rotary_table
+from edgevlm.models.decoder import Attention, Decoder, DecoderLayer, GeluMlp, RMSNorm, SwiGLU
 from edgevlm.shapes.config import DecoderConfig
 
 OPSETS = {"": 21, "com.microsoft": 1}
@@ -28,84 +28,22 @@ IR_VERSION = 10
 CONTRIB = "com.microsoft"
 LAST_INDEX = np.iinfo(np.int64).max
 
-
-class GraphWriter:
-    """Collects nodes and constants; names follow the PyTorch modules, so that a graph can be read beside the model."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-        self.constants: dict[str, ir.Value] = {}
-
-    def op(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        *,
-        domain: str = "",
-        num_outputs: int,
-        attributes: Mapping[str, int | float],
-    ) -> list[ir.Value]:
-        """Add one node; its outputs are called ``name``, ``name.1``, …"""
-        outputs = [ir.Value(name=name if index == 0 else f"{name}.{index}") for index in range(num_outputs)]
-        node = ir.Node(
-            domain,
-            kind,
-            inputs,
-            ir.convenience.convert_attributes(dict(attributes)),
-            outputs=outputs,
-            name=f"node.{name}",
-        )
-        self.nodes.append(node)
-        return outputs
-
-    def one(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        *,
-        domain: str = "",
-        **attributes: int | float,
-    ) -> ir.Value:
-        """A node with one output."""
-        return self.op(kind, inputs, name, domain=domain, num_outputs=1, attributes=attributes)[0]
-
-    def constant(self, array: NDArray[np.generic], name: str) -> ir.Value:
-        """An initializer."""
-        if name not in self.constants:
-            tensor = ir.tensor(array, name=name)
-            self.constants[name] = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-        return self.constants[name]
-
-    def weight(self, tensor: Tensor, name: str) -> ir.Value:
-        """A float32 initializer."""
-        return self.constant(np.ascontiguousarray(tensor.detach().float().numpy()), name)
-
-    def linear(self, hidden: ir.Value, layers: Sequence[nn.Linear], name: str) -> ir.Value:
-        """``hidden`` times the weights of ``layers`` side by side, plus their biases if they have any."""
-        weight = torch.cat([layer.weight for layer in layers]).T
-        product = self.one("MatMul", [hidden, self.weight(weight, f"{name}.weight")], f"{name}.product")
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        if not biases:
-            return product
-        return self.one("Add", [product, self.weight(torch.cat(tuple(biases)), f"{name}.bias")], f"{name}.sum")
+Norm: TypeAlias = RMSNorm | nn.LayerNorm
 
 
 def decoder_graph(part: Part) -> ir.Model:
     """The ONNX model of a ``decoder_model_merged`` part."""
     model = part.model
     config, decoder = model.config.decoder, model.decoder
-    if config.head_dim % 16:
-        raise UnsupportedError(
-            f"GroupQueryAttention turns heads whose size is a multiple of 16, this decoder's is {config.head_dim}"
-        )
     writer = GraphWriter()
     inputs = {spec.name: graph_value(spec) for spec in part.inputs}
-    lengths = _lengths(writer, inputs["attention_mask"], config)
+    seen = _seen(writer, inputs["attention_mask"])
+    lengths = _lengths(writer, inputs["attention_mask"], seen)
     residual, branch = inputs["inputs_embeds"], None
+    if config.positions == "learned":
+        residual = _add_positions(writer, residual, seen, decoder.embed_positions.weight)
+    else:
+        lengths += _rotary(writer, config)
     outputs: dict[str, ir.Value] = {}
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
@@ -138,23 +76,44 @@ def graph_value(spec: TensorSpec) -> ir.Value:
     return ir.Value(name=spec.name, shape=ir.Shape(list(spec.shape)), type=ir.TensorType(dtype))
 
 
-def _lengths(writer: GraphWriter, mask: ir.Value, config: DecoderConfig) -> list[ir.Value]:
-    """What GroupQueryAttention wants to know: last position per sequence, total length, cosines and sines."""
+def _seen(writer: GraphWriter, mask: ir.Value) -> ir.Value:
+    """Rows [B] of each sequence, those in the kv cache included."""
     one = writer.constant(np.array([1], np.int64), "one")
-    seen = writer.one("ReduceSum", [mask, one], "mask.sum", keepdims=0)
-    last = writer.one("Sub", [seen, one], "mask.last")
+    return writer.one("ReduceSum", [mask, one], "mask.sum", keepdims=0)
+
+
+def _lengths(writer: GraphWriter, mask: ir.Value, seen: ir.Value) -> list[ir.Value]:
+    """What GroupQueryAttention wants to know: last position per sequence and total length."""
+    last = writer.one("Sub", [seen, writer.constant(np.array([1], np.int64), "one")], "mask.last")
     seqlens = writer.one("Cast", [last], "seqlens_k", to=int(ir.DataType.INT32))
-    shape = writer.one("Shape", [mask], "mask.shape")
-    total = writer.one("Gather", [shape, writer.constant(np.array(1, np.int64), "one.scalar")], "mask.length", axis=0)
+    total = _length(writer, mask, "mask")
     total_length = writer.one("Cast", [total], "total_sequence_length", to=int(ir.DataType.INT32))
-    positions = torch.arange(config.max_position_embeddings).unsqueeze(0)
-    cosine, sine = rotary_table(positions, config.head_dim, config.rope_theta)
-    return [
-        seqlens,
-        total_length,
-        writer.weight(cosine[0, 0], "rotary.cosine"),
-        writer.weight(sine[0, 0], "rotary.sine"),
-    ]
+    return [seqlens, total_length]
+
+
+def _length(writer: GraphWriter, value: ir.Value, name: str) -> ir.Value:
+    """The size of the second axis, a scalar."""
+    shape = writer.one("Shape", [value], f"{name}.shape")
+    return writer.one("Gather", [shape, writer.constant(np.array(1, np.int64), "one.scalar")], f"{name}.length", axis=0)
+
+
+def _rotary(writer: GraphWriter, config: DecoderConfig) -> list[ir.Value]:
+    cosine, sine = rotary_caches(config)
+    return [writer.weight(cosine, "rotary.cosine"), writer.weight(sine, "rotary.sine")]
+
+
+def _add_positions(writer: GraphWriter, embeds: ir.Value, seen: ir.Value, weight: Tensor) -> ir.Value:
+    """Rows plus the learned vectors of their positions, which begin where the kv cache ends."""
+    zero, one = (
+        writer.constant(np.array(number, np.int64), f"{name}.scalar") for number, name in ((0, "zero"), (1, "one"))
+    )
+    num_rows = _length(writer, embeds, "rows")
+    start = writer.one("Max", [writer.one("Sub", [seen, num_rows], "rows.before"), zero], "rows.start")
+    starts = writer.one("Unsqueeze", [start, writer.constant(np.array([1], np.int64), "one")], "rows.starts")
+    steps = writer.one("Range", [zero, num_rows, one], "rows.steps")
+    positions = writer.one("Add", [starts, steps], "positions")
+    table = writer.weight(weight, "embed_positions.weight")
+    return writer.one("Add", [embeds, writer.one("Gather", [table, positions], "embed_positions", axis=0)], "placed")
 
 
 def _layer(
@@ -177,15 +136,19 @@ def _layer(
 
 
 def _add_norm(
-    writer: GraphWriter, residual: ir.Value, branch: ir.Value | None, norm: RMSNorm, name: str
+    writer: GraphWriter, residual: ir.Value, branch: ir.Value | None, norm: Norm, name: str
 ) -> tuple[ir.Value, ir.Value]:
     """Add ``branch`` to ``residual`` and norm the sum; returns the norm and the sum."""
-    weight = writer.weight(norm.weight, f"{name}.weight")
+    weights = [writer.weight(norm.weight, f"{name}.weight")]
+    kind = "SimplifiedLayerNormalization"
+    if isinstance(norm, nn.LayerNorm):
+        weights.append(writer.weight(norm.bias, f"{name}.bias"))
+        kind = "LayerNormalization"
     if branch is None:
-        return writer.one("SimplifiedLayerNormalization", [residual, weight], name, axis=-1, epsilon=norm.eps), residual
+        return writer.one(kind, [residual, *weights], name, axis=-1, epsilon=norm.eps), residual
     normed, _, _, total = writer.op(
-        "SkipSimplifiedLayerNormalization",
-        [residual, branch, weight],
+        f"Skip{kind}",
+        [residual, branch, *weights],
         name,
         domain=CONTRIB,
         num_outputs=4,
@@ -203,7 +166,8 @@ def _attention(
     config: DecoderConfig,
     name: str,
 ) -> tuple[ir.Value, list[ir.Value]]:
-    packed = writer.linear(hidden, [attention.q_proj, attention.k_proj, attention.v_proj], f"{name}.qkv_proj")
+    projections = [into_heads(layer, config) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    packed = writer.linear(hidden, projections, f"{name}.qkv_proj")
     query, key, value = (
         _normed_heads(writer, attention, packed, config, name) if config.qk_norm else (packed, None, None)
     )
@@ -216,21 +180,23 @@ def _attention(
         attributes={
             "num_heads": config.num_attention_heads,
             "kv_num_heads": config.num_key_value_heads,
-            "do_rotary": 1,
+            "do_rotary": int(config.positions == "rotary"),
+            "scale": config.head_dim**-0.5,
         },
     )
-    return writer.linear(mixed, [attention.o_proj], f"{name}.o_proj"), [present_key, present_value]
+    output = writer.linear(mixed, [out_of_heads(attention.o_proj, config)], f"{name}.o_proj")
+    return output, [present_key, present_value]
 
 
 def _normed_heads(
     writer: GraphWriter, attention: Attention, packed: ir.Value, config: DecoderConfig, name: str
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Query, key and value apart, the first two with each head normed (Qwen3)."""
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, cache_head_size(config)
     sizes = writer.constant(np.array([heads * size, kv_heads * size, kv_heads * size], np.int64), "qkv.sizes")
     query, key, value = writer.op("Split", [packed, sizes], f"{name}.split", num_outputs=3, attributes={"axis": -1})
-    query = _norm_each_head(writer, query, attention.q_norm, size, f"{name}.q_norm")
-    key = _norm_each_head(writer, key, attention.k_norm, size, f"{name}.k_norm")
+    query = _norm_each_head(writer, query, head_norm(attention.q_norm, config), size, f"{name}.q_norm")
+    key = _norm_each_head(writer, key, head_norm(attention.k_norm, config), size, f"{name}.k_norm")
     return query, key, value
 
 
@@ -242,7 +208,14 @@ def _norm_each_head(writer: GraphWriter, rows: ir.Value, norm: RMSNorm, size: in
     return writer.one("Reshape", [normed, joined], f"{name}.joined")
 
 
-def _mlp(writer: GraphWriter, mlp: SwiGLU, hidden: ir.Value, name: str) -> ir.Value:
+def _mlp(writer: GraphWriter, mlp: SwiGLU | GeluMlp, hidden: ir.Value, name: str) -> ir.Value:
+    if isinstance(mlp, SwiGLU):
+        return _gated_mlp(writer, mlp, hidden, name)
+    inner = writer.linear(hidden, [mlp.fc1], f"{name}.fc1")
+    return writer.linear(writer.one("Gelu", [inner], f"{name}.gelu"), [mlp.fc2], f"{name}.fc2")
+
+
+def _gated_mlp(writer: GraphWriter, mlp: SwiGLU, hidden: ir.Value, name: str) -> ir.Value:
     both = writer.linear(hidden, [mlp.gate_proj, mlp.up_proj], f"{name}.gate_up_proj")
     width = mlp.gate_proj.out_features
     sizes = writer.constant(np.array([width, width], np.int64), "gate_up.sizes")

@@ -9,10 +9,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from edgevlm.bundle.manifest import TensorSpec
-from edgevlm.models.vision.hybrid import reparameterize
+from edgevlm.export.heads import cache_head_size
+from edgevlm.models.vision.reparameterize import bake
 from edgevlm.models.vlm import Vlm
+from edgevlm.shapes.fusion import FusionConfig
+from edgevlm.shapes.model_cost import num_fusion_rows
 
-PartName = Literal["vision_encoder", "embed_tokens", "decoder_model_merged"]
+PartName = Literal["vision_encoder", "fusion", "embed_tokens", "decoder_model_merged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +42,74 @@ class VisionEncoder(nn.Module):
         return self.projector(self.vision_encoder(pixel_values))
 
 
+class FusedVisionEncoder(nn.Module):
+    """``pixel_values`` (S, 3, H, W) of one picture's views to ``image_features`` (1, K, D) and ``fusion_cache``."""
+
+    def __init__(self, model: Vlm) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.encode_fused(pixel_values)
+
+
+class TextFusion(nn.Module):
+    """``inputs_embeds`` (1, T, D) and ``fusion_cache`` to ``fused_embeds`` (1, T, D)."""
+
+    def __init__(self, model: Vlm) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds: Tensor, fusion_cache: Tensor) -> Tensor:
+        return self.model.fuse(fusion_cache, inputs_embeds)
+
+
+def traced_module(part: Part) -> nn.Module:
+    """What computes a part that is traced: all but the decoder."""
+    if part.name == "embed_tokens":
+        return part.model.embed_tokens
+    if part.name == "fusion":
+        return TextFusion(part.model)
+    return VisionEncoder(part.model) if part.model.fusion is None else FusedVisionEncoder(part.model)
+
+
 def split(model: Vlm) -> tuple[Part, ...]:
     """The parts of ``model``, its encoder in inference form."""
-    model = reparameterize(model)
+    model = bake(model)
+    config = model.config
+    D = config.decoder.hidden_size
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
+    embeds = TensorSpec(name="inputs_embeds", dtype="float32", shape=("batch", "sequence", D))
+    return (
+        *(_vision_parts(model) if config.fusion is None else _fused_parts(model, config.fusion)),
+        Part(name="embed_tokens", model=model, inputs=(ids,), outputs=(embeds,)),
+        _decoder_part(model, embeds),
+    )
+
+
+def _vision_parts(model: Vlm) -> tuple[Part]:
     config = model.config
     size, N, D = config.vision.image_size, config.num_vision_tokens, config.decoder.hidden_size
     pixels = TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, size, size))
     features = TensorSpec(name="image_features", dtype="float32", shape=("batch", N, D))
-    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
-    embeds = TensorSpec(name="inputs_embeds", dtype="float32", shape=("batch", "sequence", D))
+    return (Part(name="vision_encoder", model=model, inputs=(pixels,), outputs=(features,)),)
+
+
+def _fused_parts(model: Vlm, fusion: FusionConfig) -> tuple[Part, Part]:
+    """One picture at a time: its views at once, then the text of one prompt."""
+    config, decoder = model.config, model.config.decoder
+    size, D = config.vision.image_size, decoder.hidden_size
+    rows = (num_fusion_rows(config, fusion), decoder.head_dim)
+    cache_shape = (fusion.num_layers, 2, decoder.num_key_value_heads, *rows)
+    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=(config.num_views, 3, size, size))
+    tokens = TensorSpec(name="image_features", dtype="float32", shape=(1, config.num_vision_tokens, D))
+    cache = TensorSpec(name="fusion_cache", dtype="float32", shape=cache_shape)
+    text, fused = (
+        TensorSpec(name=name, dtype="float32", shape=(1, "sequence", D)) for name in ("inputs_embeds", "fused_embeds")
+    )
     return (
-        Part(name="vision_encoder", model=model, inputs=(pixels,), outputs=(features,)),
-        Part(name="embed_tokens", model=model, inputs=(ids,), outputs=(embeds,)),
-        _decoder_part(model, embeds),
+        Part(name="vision_encoder", model=model, inputs=(pixels,), outputs=(tokens, cache)),
+        Part(name="fusion", model=model, inputs=(text, cache), outputs=(fused,)),
     )
 
 
@@ -69,7 +127,7 @@ def _decoder_part(model: Vlm, embeds: TensorSpec) -> Part:
 
 def _cache(model: Vlm, prefix: str, length: str) -> list[TensorSpec]:
     config = model.config.decoder
-    shape = ("batch", config.num_key_value_heads, length, config.head_dim)
+    shape = ("batch", config.num_key_value_heads, length, cache_head_size(config))
     return [
         TensorSpec(name=f"{prefix}.{layer}.{kind}", dtype="float32", shape=shape)
         for layer in range(config.num_hidden_layers)

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgevlm.bundle.manifest import PartFile
 from edgevlm.core.errors import UnsupportedError
 from edgevlm.export.decoder_graph import OPSETS, decoder_graph
-from edgevlm.export.parts import Part, VisionEncoder
+from edgevlm.export.parts import Part, traced_module
 from edgevlm.export.target import Lowering
 
 EXTERNAL_ABOVE_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; large weights go to a file beside it
@@ -57,7 +57,6 @@ class OnnxTarget:
 
 def traced_graph(part: Part) -> ir.Model:
     """The part as ``torch.onnx`` sees it, with the part's own names and free sizes."""
-    module: nn.Module = VisionEncoder(part.model) if part.name == "vision_encoder" else part.model.embed_tokens
     example = tuple(_example(spec.shape, spec.dtype) for spec in part.inputs)
     free = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
@@ -66,7 +65,7 @@ def traced_graph(part: Part) -> ir.Model:
     try:
         with _quiet():
             program = torch.onnx.export(
-                module.eval(),
+                traced_module(part).eval(),
                 example,
                 input_names=[spec.name for spec in part.inputs],
                 output_names=[spec.name for spec in part.outputs],

@@ -12,81 +12,116 @@ from edgevlm.core.config import from_mapping
 from edgevlm.core.errors import ConfigError, UnsupportedError
 from edgevlm.core.registry import unknown_name
 from edgevlm.families.family import NOT_NEEDED, Placement, Placements
-from edgevlm.shapes.config import DecoderConfig, Llama3Scaling
+from edgevlm.shapes.config import DecoderConfig
 
-# What a family of decoders does without saying so in config.json.
+_ALL = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+_QWEN = {**_ALL, "vocab_size": 151_936, "intermediate_size": 22_016, "max_position_embeddings": 32_768}
+# What a kind does without saying so in config.json: transformers leaves out what equals these.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False},
-    "mistral": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False},
-    "qwen2": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "attention_bias": True},
-    "qwen3": {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False, "qk_norm": True},
+    "llama": {**_ALL, "vocab_size": 32_000, "intermediate_size": 11_008, "max_position_embeddings": 2048},
+    "mistral": {
+        **_ALL,
+        "vocab_size": 32_000,
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,  # null where there is none
+    },
+    "qwen2": {**_QWEN, "num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False},
+    "qwen3": {
+        **_QWEN,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+    },
 }
-REFUSED = {
-    "use_sliding_window": "sliding-window attention",
-    "mlp_bias": "biases in the MLP",
-    "pretraining_tp": "split weights",
+# What no config can change.
+FIXED: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {"attention_bias": False, "output_bias": False},
+    "qwen2": {"attention_bias": True, "output_bias": False},
+    "qwen3": {"qk_norm": True},
 }
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def decoder_config(values: Mapping[str, Any], kind: str, *, where: str) -> DecoderConfig:
     """The decoder that transformers' config ``values`` of model type ``kind`` describes.
 
-    Raises UnsupportedError for a kind or a setting that we do not have, ConfigError for missing or wrong values.
+    Where attention would look back no further than a window, the context ends with the window: within it nothing
+    differs.  Raises UnsupportedError for a kind or a setting that we do not have, ConfigError for wrong values.
     """
     if kind not in DEFAULTS:
         raise UnsupportedError(f"{where}: " + unknown_name("decoder", kind, list(DEFAULTS)))
-    _refuse(values, where)
-    heads = values.get("num_attention_heads")
-    given = {name: value for name, value in values.items() if value is not None}
-    derived = {
-        "num_key_value_heads": heads,
-        "head_dim": values["hidden_size"] // heads if heads and values.get("hidden_size") else None,
-        **_rotary(given, where),
-    }
-    known = {name: value for name, value in derived.items() if value is not None}
-    if kind == "qwen2":  # its biases are not a setting
-        given.pop("attention_bias", None)
-    return from_mapping(
-        DecoderConfig, {**DEFAULTS[kind], **known, **given, **_rotary(given, where)}, strict=False, where=where
-    )
+    stated = {name: value for name, value in values.items() if value is not None or name == "sliding_window"}
+    biases = {"output_bias": stated.get("attention_bias", False)}  # the setting is for all four; Qwen2 has three
+    given = {**DEFAULTS[kind], **stated, **biases, **FIXED[kind]}
+    _refuse(given, where)
+    given = {**_derived(given), **given, **_rotary(values, where), **_context(given)}
+    return from_mapping(DecoderConfig, given, strict=False, where=where)
 
 
 def place_decoder(name: str, *, prefix: str = "model.", head: str = "lm_head.weight") -> Placements | None:
     """Where ``<prefix>embed_tokens``, ``layers`` and ``norm`` and the head go; None for any other name."""
     if name == head:
         return (Placement(name="lm_head.weight"),)
-    inner = name.removeprefix(prefix)
-    if inner == name:
+    if not name.startswith(prefix):
         return None
+    inner = name[len(prefix) :]
     if inner.endswith("rotary_emb.inv_freq"):  # old files store what follows from rope_theta
         return NOT_NEEDED
-    if inner.startswith("embed_tokens."):
+    if inner == "embed_tokens.weight":
         return (Placement(name=inner),)
     if inner.startswith(("layers.", "norm.")):
         return (Placement(name=f"decoder.{inner}"),)
     return None
 
 
+def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that follow from others unless they are given."""
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if not isinstance(width, int) or not isinstance(heads, int):  # from_mapping says so
+        return {}
+    return {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)}
+
+
+def _context(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The positions over which windowed attention, where it is on, is ordinary attention."""
+    window, length = values.get("sliding_window"), values["max_position_embeddings"]
+    if not isinstance(window, int) or not isinstance(length, int) or not values.get("use_sliding_window", True):
+        return {}
+    return {"max_position_embeddings": min(window, length)}
+
+
 def _rotary(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, which transformers 5 writes as ``rope_parameters``."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(table := values.get(name) or {}, Mapping):
+            raise ConfigError(f"{where}: {name} is {table!r}; expected a table")
+        rope |= table
     kind = rope.get("rope_type", rope.get("type", "default"))
-    result: dict[str, Any] = {"rope_scaling": None}
-    if "rope_theta" in rope:
-        result["rope_theta"] = rope["rope_theta"]
-    if kind == "llama3":
-        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        result["rope_scaling"] = {name: rope[name] for name in fields if name in rope}
-        from_mapping(Llama3Scaling, result["rope_scaling"], strict=True, where=f"{where}: rope_scaling")
-    elif kind != "default":
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if kind == "default":
+        return {**theta, "rope_scaling": None}
+    if kind != "llama3":
         raise UnsupportedError(f"{where}: rotary positions of type {kind!r}; known: default, llama3")
-    return result
+    if missing := [name for name in LLAMA3 if name not in rope]:
+        raise ConfigError(f"{where}: rope_scaling of type 'llama3' lacks {', '.join(missing)}")
+    return {**theta, "rope_scaling": {name: rope[name] for name in LLAMA3}}
 
 
 def _refuse(values: Mapping[str, Any], where: str) -> None:
-    for name, what in REFUSED.items():
-        if values.get(name) not in (None, False, 1):
-            raise UnsupportedError(f"{where}: {name} {values[name]}: {what} is not supported; expected none")
-    activation = values.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ConfigError(f"{where}: hidden_act {activation!r}; these decoders use 'silu'")
+    if values.get("mlp_bias"):
+        raise UnsupportedError(f"{where}: mlp_bias is {values['mlp_bias']!r}; biases in the MLP are not supported")
+    if values["hidden_act"] != "silu":
+        raise UnsupportedError(f"{where}: hidden_act {values['hidden_act']!r}; these decoders use 'silu'")

@@ -29,7 +29,12 @@ def model_type(folder: ModelFolder) -> str:
 
 
 def _kind_of_llava(found: str, keys: Collection[str]) -> str:
-    """The original project and its children wrote ``llava``, too; ``mm_vision_tower`` is a key of theirs alone."""
+    """The original project and its children wrote ``llava``, too; ``mm_vision_tower`` is a key of theirs alone.
+
+    ``num_visual_tokens`` is the budget of a Matryoshka Query Transformer, whose ``model_type`` is its parent's.
+    """
+    if "num_visual_tokens" in keys and "mm_vision_tower" in keys:
+        return "mqt"
     if found == "llava" and "mm_vision_tower" in keys:
         return "llava_llama"
     return found

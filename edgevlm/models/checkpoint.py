@@ -1,4 +1,4 @@
-"""Weights on disk: config.json beside safetensors, nothing that could run code."""
+"""A checkpoint becomes a model that answers: config.json beside safetensors, nothing that could run code."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 from edgevlm.core.config import to_json
-from edgevlm.core.errors import ConfigError, InputError, IntegrityError
+from edgevlm.core.errors import ConfigError, UsageError
 from edgevlm.core.files import atomic_file, write_text
 from edgevlm.families.detect import family_of
-from edgevlm.families.family import Family, Placement
 from edgevlm.families.folder import ModelFolder
-from edgevlm.models.as_session import TorchSession
+from edgevlm.families.hub import find_model
+from edgevlm.families.tensors import WEIGHTS, read_headers, weight_files
+from edgevlm.models.as_session import TorchSession, fusion_shape
+from edgevlm.models.changes import Changes
 from edgevlm.models.vlm import Vlm
+from edgevlm.models.weights import load_weights
 from edgevlm.processing.processor import Processor
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shapes.config import VlmConfig
-from edgevlm.shipped import find_weights
 
-WEIGHTS = "model.safetensors"
+DTYPES: Mapping[str, torch.dtype | None] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "keep": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model with what it was trained to read: its image specification, tokenizer and chat template."""
+    """A model with what it was trained to read: its image specification, tokenizer and chat template.
+
+    ``source`` is the repository on the hub, or the folder's name, ``revision`` the repository's commit.
+    """
 
     model: Vlm
     processor: Processor
@@ -37,63 +45,80 @@ class Checkpoint:
     family: str
     folder: Path
     suite: str = ""  # the evaluation suite that the model was trained for, if any
+    source: str = ""
+    revision: str = ""
+    files: tuple[Path, ...] = ()  # of the weights
+    max_context: int = 0
 
     def open(self) -> RuntimeVlm:
-        """The PyTorch model ready to answer, like a bundle that ``open_bundle`` opens."""
-        max_context = self.model.config.decoder.max_position_embeddings
+        """The PyTorch model ready to answer, like a bundle that ``open_bundle`` opens.
+
+        Raises UsageError for one that was not loaded in float32.
+        """
+        config, dtype = self.model.config, self.model.embed_tokens.weight.dtype
+        if dtype != torch.float32:
+            raise UsageError(f"{self.name} was loaded in {dtype}; to ask it, load it in float32, the default")
         return RuntimeVlm(
-            TorchSession(self.model),
+            TorchSession(self.model, max_context=self.max_context or None),
             self.processor,
             name=self.name,
-            max_context=max_context,
+            max_context=self.max_context,
+            fusion=fusion_shape(config),
+            vocab_size=config.decoder.vocab_size,
             info={"runtime": "torch", "library": "torch", "version": torch.__version__, "device": "cpu"},
         )
 
 
-def load_model(model: str | Path) -> Checkpoint:
-    """The model in a folder, or of a shipped name, in float32 and ready to answer.
+def load_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    dtype: str = "float32",
+    image_size: int | None = None,
+    image_fit: str | None = None,
+    image_splitting: bool | None = None,
+    vision_tokens: int | None = None,
+    max_context: int | None = None,
+) -> Checkpoint:
+    """The model in a folder, of a shipped name or of a hub id (``owner/name@revision``), ready to answer.
 
-    Raises InputError when there is no such model, UnsupportedError for a family that nobody has written,
-    IntegrityError for damaged weights.
+    Weights are cast to ``dtype`` (float32, float16, bfloat16), or stay as they are stored ("keep").  ``offline``
+    takes a hub's model from the cache.  The other arguments change what the checkpoint says: see ``Changes``.
+
+    Raises what ``find_model`` raises; UnsupportedError for a family that nobody has written, pickled weights or a
+    change that this model cannot follow; IntegrityError for weights that are damaged or do not fit the config.
     """
-    folder = ModelFolder(find_weights(model))
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}")
+    changes = Changes(
+        image_size=image_size,
+        image_fit=image_fit,
+        image_splitting=image_splitting,
+        vision_tokens=vision_tokens,
+        max_context=max_context,
+    )
+    found = find_model(model, revision=revision, offline=offline)
+    folder = ModelFolder(found.folder)
     family = family_of(folder)
-    config = family.config(folder)
-    net = Vlm(config)
-    weights = folder.path / WEIGHTS
-    fill(net, placed(read_tensors(weights), family, config), where=str(weights))
-    processor = family.processor(folder, config)
-    check_agreement(processor, config, where=str(folder.path))
+    config = changes.of_config(family.config(folder))
+    tensors = read_headers(folder.path)
+    files = weight_files(tensors.values())
+    net = load_weights(config, tensors, family, DTYPES[dtype], where=str(files[0] if len(files) == 1 else folder.path))
+    processor = changes.of_processor(family.processor(folder, net.config), net.config)
+    check_agreement(processor, net.config, where=str(folder.path))
     return Checkpoint(
         model=net.eval(),
         processor=processor,
-        name=folder.path.resolve().name,
+        name=found.name,
         family=family.name,
         folder=folder.path,
         suite=family.suite(folder),
+        source=found.source,
+        revision=found.revision,
+        files=files,
+        max_context=max_context or net.config.decoder.max_position_embeddings,
     )
-
-
-def placed(tensors: Mapping[str, Tensor], family: Family, config: VlmConfig) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names of our model; unknown ones keep theirs."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        places = family.place(name, config)
-        if places is None:
-            result[name] = tensor
-            continue
-        result |= {where.name: changed(tensor, where) for where in places}
-    return result
-
-
-def changed(tensor: Tensor, where: Placement) -> Tensor:
-    """``tensor`` as ``where`` wants it."""
-    while where.squeeze and tensor.dim() > 1 and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    number, total = where.part
-    if total > 1:
-        tensor = tensor.chunk(total)[number]
-    return tensor.T if where.transpose else tensor
 
 
 def check_agreement(processor: Processor, config: VlmConfig, *, where: str) -> None:
@@ -106,11 +131,14 @@ def check_agreement(processor: Processor, config: VlmConfig, *, where: str) -> N
     )
     for name, found, expected in facts:
         if found != expected:
-            raise ConfigError(f"{where}: processor.json has {name} {found}, config.json describes {expected}")
-    if processor.tokenizer.vocab_size > config.decoder.vocab_size:
+            raise ConfigError(f"{where}: the preprocessing has {name} {found}, config.json describes {expected}")
+    num_rows = processor.tokenizer.vocab_size
+    if processor.image_token_id == num_rows - 1:  # it stands for rows that the encoder gives, and needs none
+        num_rows -= 1
+    if num_rows > config.decoder.vocab_size:
         raise ConfigError(
             f"{where}: the tokenizer has {processor.tokenizer.vocab_size} entries, the decoder only "
-            f"{config.decoder.vocab_size} (vocab_size in config.json)"
+            f"{config.decoder.vocab_size} (rows of its embedding)"
         )
 
 
@@ -123,29 +151,3 @@ def save_native(model: Vlm, folder: Path, *, dtype: torch.dtype = torch.float16)
     }
     with atomic_file(folder / WEIGHTS) as scratch:
         save_file(tensors, scratch)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file.  Raises InputError when it is missing, IntegrityError when damaged."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: a model folder holds config.json and {WEIGHTS}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy ``tensors`` into ``module``; IntegrityError names what is missing, left over or of another shape."""
-    expected = module.state_dict()
-    complaints = [f"missing {name}" for name in expected if name not in tensors]
-    complaints += [f"unexpected {name}" for name in tensors if name not in expected]
-    complaints += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if complaints:
-        more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""
-        raise IntegrityError(f"{where} does not fit its config.json: {'; '.join(complaints[:5])}{more}")
-    module.load_state_dict(tensors)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from edgevlm.core.errors import DoesNotFitError, UsageError
 from edgevlm.shapes.config import DecoderConfig
+
+
+class KeyValues(Protocol):
+    """What a layer needs of a cache."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new rows ``(B, K, T, head_dim)`` of ``layer``; return all rows that it now holds."""
+        ...
 
 
 class KVCache:
@@ -50,3 +60,28 @@ class KVCache:
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to row {position}: the kv cache holds {self.position}")
         self.position = position
+
+
+class GrowingCache:
+    """Keys and values ``(B, K, rows, head_dim)`` of each layer, joined anew with every append: it can be traced."""
+
+    def __init__(self, layers: Tensor | None = None) -> None:
+        """``layers`` (L, 2, K, rows, head_dim): what each layer of one picture holds already, keys before values."""
+        self._layers = {} if layers is None else {i: (both[0][None], both[1][None]) for i, both in enumerate(layers)}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the first layer holds."""
+        return self._layers[0][0].shape[2] if self._layers else 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new rows of ``layer``; return all rows that it now holds."""
+        if layer in self._layers:
+            old_key, old_value = self._layers[layer]
+            key, value = torch.cat((old_key, key), dim=2), torch.cat((old_value, value), dim=2)
+        self._layers[layer] = (key, value)
+        return key, value
+
+    def stacked(self) -> Tensor:
+        """All of it for one picture (L, 2, K, rows, head_dim)."""
+        return torch.stack([torch.cat(pair) for _, pair in sorted(self._layers.items())])

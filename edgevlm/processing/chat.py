@@ -57,10 +57,10 @@ class ChatTemplate:
             raise ConfigError(f"the chat template does not parse: {_one_line(error)}") from error
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ChatTemplate:
-        """The template in chat_template.jinja, else chat_template.json, else tokenizer_config.json.
+    def from_folder(cls, folder: str | Path, default: str | None = None) -> ChatTemplate:
+        """The template in chat_template.jinja, else chat_template.json, tokenizer_config.json, processor_config.json.
 
-        Raises ConfigError when there is none.
+        Raises ConfigError when there is none and no ``default``.
         """
         folder = Path(folder)
         settings = _json_or_empty(folder / "tokenizer_config.json")
@@ -69,6 +69,8 @@ class ChatTemplate:
             read_text(file) if file.is_file() else None,
             _named(_json_or_empty(folder / "chat_template.json").get("chat_template")),
             _named(settings.get("chat_template")),
+            _named(_json_or_empty(folder / "processor_config.json").get("chat_template")),
+            default,
         )
         source = next(filter(None, sources), None)
         if source is None:

@@ -109,7 +109,7 @@ def _resize_and_crop(
 ) -> Image.Image:
     """Resize whole, then crop, as others do, bit for bit; of a long thin picture read the window alone.
 
-    That is the same within one level: Pillow keeps the window's corners in single precision.
+    That is the same within one level on photos, a few on noise: Pillow keeps the window's corners in single precision.
     """
     width, height = round(horizontal.length / horizontal.scale), round(vertical.length / vertical.scale)
     if width * height > MAX_OVERSIZE * target[0] * target[1]:

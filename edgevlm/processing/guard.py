@@ -6,7 +6,8 @@ has none, and is tokenized whole.  Otherwise the prompt is cut at the template's
 lies between is encoded by a tokenizer that does not know them.  Byte-level vocabularies give the same ids
 both ways, because a tokenizer cuts there too, before it merges anything.
 
-A control token is one that is special, that stands in the template's source, or that stands for the image.
+A control token is one that is special, that stands in the template's source, or that stands for the image or
+for the place of one of its tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from edgevlm.core.errors import InputError
+from edgevlm.core.errors import ConfigError, InputError
 from edgevlm.processing.chat import ChatTemplate, Message
 from edgevlm.processing.tokenizer import AddedToken, Tokenizer
 
@@ -28,9 +29,15 @@ UNTOUCHED_KEYS = ("role", "type")  # checked words, not text; a template compare
 class Guard:
     """Encodes messages so that none of their text becomes a control token."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, image_token: str) -> None:
-        self.tokenizer, self.template = tokenizer, template
-        tokens = {image_token, *(name for name, token in tokenizer.added_tokens.items() if token.special)}
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, image_token: str, layout_tokens: Iterable[str] = ()
+    ) -> None:
+        self.tokenizer, self.template, self.image_token = tokenizer, template, image_token
+        tokens = {
+            image_token,
+            *layout_tokens,
+            *(name for name, token in tokenizer.added_tokens.items() if token.special),
+        }
         tokens |= {name for name in tokenizer.added_tokens if name.strip() and name in template.source}
         self.control_ids = {token: tokenizer.token_id(token) for token in sorted(tokens, key=len, reverse=True)}
         choices = "|".join(map(re.escape, self.control_ids))
@@ -39,14 +46,17 @@ class Guard:
         self._openings = tuple({token[:end].lower() for token in tokens for end in range(1, len(token))})
         self._endings = tuple({token[start:].lower() for token in tokens for start in range(1, len(token))})
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of the rendered ``messages``.
+    def encode(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, pictures: Sequence[str] | None = None
+    ) -> list[int]:
+        """The ids of the rendered ``messages``, the n-th image token replaced by the text ``pictures[n]``.
 
-        Raises what ``ChatTemplate.render`` raises, and InputError where the vocabulary itself makes a control
-        token out of plain text, which byte-level vocabularies cannot.
+        Raises what ``ChatTemplate.render`` raises, ConfigError for a template that loses a picture, and InputError
+        where the vocabulary itself makes a control token out of plain text, which byte-level ones cannot.
         """
         mark = _unused_character([self.template.source, *_texts(messages)])
         rendered = self.template.render([self._marked(message, mark) for message in messages], add_generation_prompt)
+        rendered = rendered if pictures is None else self._with_pictures(rendered, pictures)
         written = self._pattern.findall(rendered)
         clean = rendered.replace(mark, "")
         if self._pattern.findall(clean) == written:
@@ -54,6 +64,16 @@ class Guard:
             if self._controls_in(ids) == [self.control_ids[token] for token in written]:
                 return ids
         return self._encode_in_pieces(rendered, mark)
+
+    def _with_pictures(self, rendered: str, pictures: Sequence[str]) -> str:
+        found = self._pattern.findall(rendered).count(self.image_token)
+        if found != len(pictures):
+            raise ConfigError(
+                f"the chat template wrote {found} of {len(pictures)} {self.image_token!r}; "
+                f"it must write one for each picture in the messages"
+            )
+        texts = iter(pictures)
+        return self._pattern.sub(lambda match: next(texts) if match[0] == self.image_token else match[0], rendered)
 
     def _encode_in_pieces(self, rendered: str, mark: str) -> list[int]:
         pieces = self._pattern.split(rendered)  # text, token, text, …, token, text

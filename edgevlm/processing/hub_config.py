@@ -6,6 +6,7 @@ from typing import Any
 
 from edgevlm.processing.fit import PILLOW_FILTERS
 from edgevlm.processing.image_spec import ImageSpec
+from edgevlm.processing.split import Crops, Idefics3Tiles, NanoVlmTiles
 
 
 def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
@@ -14,32 +15,60 @@ def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
     Where the hub's format cannot say what ``spec`` says, ``edgevlm_differences`` lists it, one sentence each;
     without that key transformers computes the same pixels.
     """
+    config = _tiled(spec, spec.split) if isinstance(spec.split, Idefics3Tiles) else _whole(spec)
+    differences = hub_differences(spec)
+    return {**config, "edgevlm_differences": list(differences)} if differences else config
+
+
+def _whole(spec: ImageSpec) -> dict[str, Any]:
     size = {"height": spec.height, "width": spec.width}
     crops = spec.fit == "center-crop"
-    config: dict[str, Any] = {
+    return {
         "image_processor_type": "LlavaImageProcessor" if spec.fit == "pad" else "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
         "size": {"shortest_edge": min(spec.height, spec.width)} if crops else size,
-        "resample": int(PILLOW_FILTERS[spec.filter]),
         "do_center_crop": crops,
         "crop_size": size,
         "do_pad": spec.fit == "pad",
+        **_levels(spec),
+    }
+
+
+def _tiled(spec: ImageSpec, split: Idefics3Tiles) -> dict[str, Any]:
+    return {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": split.longest_edge},
+        "max_image_size": {"longest_edge": max(spec.height, spec.width)},
+        "do_image_splitting": split.enabled,
+        "do_pad": True,
+        **_levels(spec),
+    }
+
+
+def _levels(spec: ImageSpec) -> dict[str, Any]:
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": int(PILLOW_FILTERS[spec.filter]),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
     }
-    differences = hub_differences(spec)
-    return {**config, "edgevlm_differences": list(differences)} if differences else config
 
 
 def hub_differences(spec: ImageSpec) -> tuple[str, ...]:
     """What a reader of ``preprocessor_config`` will do otherwise than ``spec`` says, one sentence each."""
     is_square = spec.height == spec.width
     mean_color = tuple(int(value * 255) for value in spec.mean)
+    is_tiled = isinstance(spec.split, (Idefics3Tiles, NanoVlmTiles))
+    views = spec.split.per_side**2 if isinstance(spec.split, Crops) else 0
     cases = {
+        "Tiles are square.": is_tiled and not is_square,
+        "Large pictures are not cut into tiles, and the whole picture stands alone.": (
+            isinstance(spec.split, NanoVlmTiles) and spec.split.enabled
+        ),
+        f"The {views} crops before the whole picture are missing.": views > 0,
         "transformers.js stretches instead of padding.": spec.fit == "pad",
         "Padding goes to a square, not to the proportions of the target.": spec.fit == "pad" and not is_square,
         f"The pad colour is the mean, {mean_color}, not {spec.pad_color}.": spec.fit == "pad"

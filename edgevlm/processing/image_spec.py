@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from edgevlm.core.errors import ConfigError
+from edgevlm.processing.split import Crops, Idefics3Tiles, NanoVlmTiles, Split, most_tiles
 
 Fit = Literal["pad", "center-crop", "stretch"]
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -14,12 +15,13 @@ Rounding = Literal["uint8", "float"]
 ChannelOrder = Literal["rgb", "bgr"]
 
 MAX_SIDE = 16_384
+MAX_TILES_PER_SIDE = 16
 POINT_FILTERS = ("nearest", "bilinear", "bicubic")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """Everything between a decoded picture and ``pixel_values`` ``[1, 3, height, width]``.
+    """Everything between a decoded picture and ``pixel_values`` ``[S, 3, height, width]``, S = 1 without ``split``.
 
     ``fit``: ``pad`` adds ``pad_color`` around the picture until it has the target's proportions, then
     resizes (of an odd gap the smaller half is at the top or left); ``center-crop`` resizes until the picture
@@ -35,6 +37,8 @@ class ImageSpec:
 
     ``mean`` and ``std`` belong to pixels in [0, 1].  They and ``pad_color`` are written in the order R, G, B
     whatever ``channel_order`` says, which only arranges the result.
+
+    ``split`` cuts the picture into views of ``height`` x ``width``.  Tiles are stretched, with Pillow's kernels.
     """
 
     height: int
@@ -47,6 +51,7 @@ class ImageSpec:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     pad_color: tuple[int, int, int] = (0, 0, 0)
     channel_order: ChannelOrder = "rgb"
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("height", self.height), ("width", self.width)):
@@ -79,6 +84,20 @@ class ImageSpec:
             "three whole numbers from 0 to 255",
             self.pad_color,
         )
+        self._check_split()
+
+    def _check_split(self) -> None:
+        split, side = self.split, f"{self.height} x {self.width}"
+        _check(split is None or isinstance(split, (Idefics3Tiles, NanoVlmTiles, Crops)), "split", "a Split", split)
+        if isinstance(split, (Idefics3Tiles, NanoVlmTiles)):
+            _check(self.fit == "stretch", "fit", "stretch where split makes tiles", self.fit)
+            _check(self.antialias, "antialias", "true where split makes tiles", self.antialias)
+            _check(self.rounding == "uint8", "rounding", "uint8 where split makes tiles", self.rounding)
+            edge = split.longest_edge
+            whole = edge % self.height == 0 and edge % self.width == 0
+            _check(whole and edge % 2 == 0, "split longest_edge", f"even, and a multiple of the tile's {side}", edge)
+            few = max(most_tiles(split, (self.height, self.width))) <= MAX_TILES_PER_SIDE
+            _check(few, "split longest_edge", f"at most {MAX_TILES_PER_SIDE} times the tile's {side}", edge)
 
 
 def _check(holds: bool, name: str, wanted: str, found: object) -> None:

@@ -77,12 +77,17 @@ def load_image(source: ImageSource, limits: ImageLimits | None = None, *, backgr
 def pixel_values(image: Image.Image, spec: ImageSpec) -> Float:
     """``image``, an RGB picture from ``load_image``, as float32 [1, 3, height, width], the way ``spec`` says.
 
-    Raises InputError when ``image`` is not RGB or too long and thin to pad.
+    ``split`` is not looked at.  Raises InputError when ``image`` is not RGB or too long and thin to pad.
     """
     if image.mode != "RGB":
         raise InputError(f"expected an RGB picture, found mode {image.mode}; load_image converts it")
+    return normalized(fit_image(image, spec), spec)
+
+
+def normalized(levels: Float, spec: ImageSpec) -> Float:
+    """``levels`` [height, width, 3] from 0 to 255 as [1, 3, height, width], the way ``spec`` says."""
     mean, std = np.asarray(spec.mean, dtype=np.float32), np.asarray(spec.std, dtype=np.float32)
-    values = (fit_image(image, spec) * np.float32(1 / 255) - mean) / std
+    values = (levels * np.float32(1 / 255) - mean) / std
     if spec.channel_order == "bgr":
         values = values[..., ::-1]
     return np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32)

@@ -1,16 +1,18 @@
-"""Text to ids and back, from a ``tokenizer.json``."""
+"""Text to ids and back, from a ``tokenizer.json`` or the files that came before it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
 from edgevlm.core.config import read_text
-from edgevlm.core.errors import ConfigError, InputError, IntegrityError
+from edgevlm.core.errors import ConfigError, EdgeVLMError, InputError, IntegrityError, UnsupportedError
+from edgevlm.core.files import write_text
+from edgevlm.processing.byte_bpe import build_byte_bpe, has_byte_bpe, how_to_convert
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,38 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer in ``folder``.  Raises IntegrityError when tokenizer.json is missing or damaged."""
-        path = Path(folder) / "tokenizer.json"
+        """The tokenizer in ``folder``: tokenizer.json, else vocab.json and merges.txt.
+
+        Raises IntegrityError when they are missing or damaged, UnsupportedError for a SentencePiece model.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
         if not path.is_file():
-            raise IntegrityError(f"{folder}: no tokenizer.json; expected the folder of a bundle or a checkpoint")
+            return cls._from_older_files(folder)
         try:
-            return cls._parse(read_text(path))
+            text = read_text(path)
+            return cls._guarded(lambda: tokenizers.Tokenizer.from_str(text))
         except (InputError, ValueError) as error:
             raise IntegrityError(f"{path}: not a tokenizer ({error}); copy the folder again") from error
 
     @classmethod
-    def _parse(cls, text: str) -> Tokenizer:
+    def _from_older_files(cls, folder: Path) -> Tokenizer:
+        if has_byte_bpe(folder):
+            try:
+                return cls._guarded(lambda: build_byte_bpe(folder))
+            except (InputError, ValueError) as error:
+                raise IntegrityError(f"{folder}: not a tokenizer ({error}); copy the folder again") from error
+        if (folder / "tokenizer.model").is_file():
+            raise UnsupportedError(f"{folder}: tokenizer.model alone cannot be read. {how_to_convert(folder)}")
+        raise IntegrityError(f"{folder}: no tokenizer.json; expected the folder of a bundle or a checkpoint")
+
+    @classmethod
+    def _guarded(cls, build: Callable[[], tokenizers.Tokenizer]) -> Tokenizer:
         """Raises ValueError: the library raises bare Exceptions, and a Rust panic is not even that."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            return cls(build())
+        except EdgeVLMError:
+            raise
         except Exception as error:
             raise ValueError(" ".join(str(error).split())) from error
         except BaseException as error:
@@ -92,6 +112,10 @@ class Tokenizer:
             raise ConfigError(f"the tokenizer has no token {token!r} among its {self.vocab_size:,}")
         return id
 
+    def has(self, token: str) -> bool:
+        """Whether the vocabulary has ``token``."""
+        return self._inner.token_to_id(token) is not None
+
     def token(self, id: int) -> str | None:
         """The vocabulary's own spelling of ``id`` (byte-level ones write a blank as ``Ġ``), if it has one."""
         return self._inner.id_to_token(id)
@@ -105,3 +129,16 @@ class Tokenizer:
         blind = tokenizers.Tokenizer.from_str(json.dumps(rules))
         blind.encode_special_tokens = True
         return Tokenizer(blind)
+
+    def with_special(self, *tokens: str) -> Tokenizer:
+        """The same tokenizer, which reads each of ``tokens`` as one special token, new ones with the next free ids."""
+        new = [token for token in tokens if token not in self.added_tokens or not self.added_tokens[token].special]
+        if not new:
+            return self
+        extended = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        extended.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in new])
+        return Tokenizer(extended)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole tokenizer as one ``tokenizer.json``."""
+        write_text(Path(path), self._inner.to_str(pretty=True))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from edgevlm.processing.chat import Message, user_message
 from edgevlm.processing.images import ImageSource
+from edgevlm.processing.picture import Picture
 from edgevlm.runtimes import MAX_TOKENS
 from edgevlm.runtimes.answer import Answer, AnswerStream, Request, stop_strings
-from edgevlm.runtimes.image_cache import Picture
 from edgevlm.runtimes.sampling import GREEDY, Sampling
+from edgevlm.runtimes.video import Video
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.vlm import RuntimeVlm
@@ -55,7 +56,7 @@ class Chat:
     def say(
         self,
         prompt: str,
-        image: ImageSource | None = None,
+        image: ImageSource | Video | None = None,
         *,
         max_tokens: int = MAX_TOKENS,
         sampling: Sampling = GREEDY,
@@ -79,7 +80,7 @@ class Chat:
     def ask(
         self,
         prompt: str,
-        image: ImageSource | None = None,
+        image: ImageSource | Video | None = None,
         *,
         max_tokens: int = MAX_TOKENS,
         sampling: Sampling = GREEDY,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import TypeVar
 
-from edgevlm.runtimes.session import Float, Ints, Session
+from edgevlm.runtimes.session import Float, ImageFeatures, Ints, Session
 
 A = TypeVar("A")
 B = TypeVar("B")
 
-STAGES = ("load_image", "preprocess", "vision", "embed", "prefill", "sample", "decode", "detokenize")
-ENGINE_STAGES = ("vision", "embed", "prefill")  # plus the first sample
+STAGES = ("load_image", "preprocess", "vision", "embed", "fuse", "prefill", "sample", "decode", "detokenize")
+ENGINE_STAGES = ("vision", "embed", "fuse", "prefill")  # plus the first sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,11 @@ class Timings:
     """Times of one answer in milliseconds, from the moment the request was accepted.
 
     ``stages_ms``: the sum per stage.  ``preprocess`` is pixels, prompt template and tokenizer; ``embed`` is
-    the prompt's embedding with the image features put in place; ``decode`` is every step but the first.
+    the prompt's embedding with the image features put in place; ``fuse``, of models with pre-fusion only, is the
+    text seeing the picture; ``decode`` is every step but the first.
     ``ttft_user_ms``: request accepted to the first piece of text, image loading and preprocessing included
-    (to the end for an empty answer).  ``ttft_engine_ms``: vision, embed, prefill and the first sample, nothing
-    else.
+    (to the end for an empty answer).  ``ttft_engine_ms``: vision, embed, fuse, prefill and the first
+    sample, nothing else.
     ``tpot_ms``: (end to end - ttft_user) / (tokens - 1); None for fewer than two tokens.
     ``token_times_ms``: when each token of the answer was known.  In a stream, the time that the reader of the
     pieces takes counts as well.
@@ -109,9 +110,13 @@ class ClockedSession:
     def position(self) -> int:
         return self._session.position
 
-    def encode(self, pixel_values: Float) -> Float:
+    def encode(self, pixel_values: Float) -> ImageFeatures:
         with self._clock.stage("vision"):
             return self._session.encode(pixel_values)
+
+    def fuse(self, features: ImageFeatures, inputs_embeds: Float) -> Float:
+        with self._clock.stage("fuse"):
+            return self._session.fuse(features, inputs_embeds)
 
     def embed(self, input_ids: Ints) -> Float:
         with self._clock.stage("embed"):

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: three graphs, and a kv cache that nothing copies.
+"""ONNX Runtime on the CPU: three graphs, or four with pre-fusion, and a kv cache that nothing copies.
 
 Each key and value buffer is bound both as ``past_key_values`` and as ``present``: GroupQueryAttention writes
 new rows behind the old ones, and learns from the length of ``attention_mask`` where that is.  Rewinding is
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.bundle.manifest import DecoderShape
+from edgevlm.bundle.manifest import DecoderShape, Manifest
 from edgevlm.bundle.read import Bundle
 from edgevlm.core.errors import (
     ConfigError,
@@ -25,7 +25,7 @@ from edgevlm.core.errors import (
 )
 from edgevlm.core.hardware import compute_cores
 from edgevlm.core.optional import require
-from edgevlm.runtimes.session import Float, Ints
+from edgevlm.runtimes.session import Float, ImageFeatures, Ints
 
 MOST_THREADS = 256  # each has a stack, and starts before the first question
 SILENT = 4  # the library's log level "fatal": its errors reach the user as ours, in one line
@@ -62,8 +62,11 @@ class OnnxRuntimeSession:
         version = require("onnxruntime").__version__
         return {"library": "onnxruntime", "version": version, "device": "cpu", "threads": self._threads}
 
-    def encode(self, pixel_values: Float) -> Float:
+    def encode(self, pixel_values: Float) -> ImageFeatures:
         return self._opened().encode(pixel_values)
+
+    def fuse(self, features: ImageFeatures, inputs_embeds: Float) -> Float:
+        return self._opened().fuse(features, inputs_embeds)
 
     def embed(self, input_ids: Ints) -> Float:
         return self._opened().embed(input_ids)
@@ -108,11 +111,13 @@ class OnnxRuntimeSession:
 
 
 class _Graphs:
-    """The three graphs, every fixed buffer bound once."""
+    """The graphs, every fixed buffer bound once."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         shape = bundle.manifest.decoder
         self._vision = _open_graph(bundle, "vision_encoder", threads)
+        self._num_views = _num_views(bundle.manifest)
+        self._fusion = _open_graph(bundle, "fusion", threads) if bundle.manifest.fusion else None
         self._embed = _open_graph(bundle, "embed_tokens", 1)  # it looks up rows: nothing to share
         self._decoder = _open_graph(bundle, "decoder_model_merged", threads)
         _check_decoder(self._decoder, shape)
@@ -129,11 +134,31 @@ class _Graphs:
         _bind(self._lookup.bind_input, "input_ids", self._token)
         _bind(self._lookup.bind_output, "inputs_embeds", self._row)
 
-    def encode(self, pixel_values: Float) -> Float:
-        """One allocation: the features, which the caller keeps."""
+    def encode(self, pixel_values: Float) -> ImageFeatures:
+        """As many tiles or views at a time as the graph takes; what it returns is the caller's to keep."""
+        num_views = self._num_views
+        if len(pixel_values) % num_views:
+            raise UsageError(f"the vision encoder takes {num_views} views of a picture, got {len(pixel_values)}")
+        outputs = ["image_features", "fusion_cache"] if self._fusion else ["image_features"]
         with _errors("vision_encoder"):
-            features: Float = self._vision.run(["image_features"], {"pixel_values": pixel_values})[0]
-        return features
+            parts = [
+                self._vision.run(outputs, {"pixel_values": pixel_values[first : first + num_views]})
+                for first in range(0, len(pixel_values), num_views)
+            ]
+        if self._fusion:
+            if len(parts) > 1:
+                raise UsageError(f"the vision encoder takes one picture of {num_views} views, got {len(parts)}")
+            return ImageFeatures(*parts[0])
+        return ImageFeatures(parts[0][0] if len(parts) == 1 else np.concatenate([part[0] for part in parts], axis=1))
+
+    def fuse(self, features: ImageFeatures, inputs_embeds: Float) -> Float:
+        """One allocation: the rows, which the caller keeps."""
+        if self._fusion is None or features.fusion_cache is None:
+            raise UnsupportedError("this model has no pre-fusion: its text rows go to the decoder as they are")
+        feeds = {"inputs_embeds": inputs_embeds, "fusion_cache": features.fusion_cache}
+        with _errors("fusion"):
+            fused: Float = self._fusion.run(["fused_embeds"], feeds)[0]
+        return fused
 
     def embed(self, input_ids: Ints) -> Float:
         """One allocation: the rows, which the caller keeps."""
@@ -194,6 +219,13 @@ def _open_graph(bundle: Bundle, part: str, threads: int) -> Any:
             str(file), session_options(part, threads), providers=["CPUExecutionProvider"]
         )
     return graph
+
+
+def _num_views(manifest: Manifest) -> int:
+    """Tiles or views that the vision encoder takes at once: its fixed number, else one."""
+    inputs = {tensor.name: tensor.shape for tensor in manifest.part("vision_encoder", target="onnx").inputs}
+    first = inputs.get("pixel_values", (1,))[0]
+    return first if isinstance(first, int) else 1
 
 
 def _check_decoder(graph: Any, shape: DecoderShape) -> None:

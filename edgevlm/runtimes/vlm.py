@@ -10,21 +10,25 @@ from threading import Event, Lock
 from types import TracebackType
 from typing import Any
 
-from edgevlm.core.errors import DoesNotFitError, UsageError
-from edgevlm.processing.images import ImageSource, load_image, pixel_values
+from edgevlm.bundle.manifest import FusionShape
+from edgevlm.core.errors import ConfigError, DoesNotFitError, UnsupportedError, UsageError
+from edgevlm.processing.images import ImageSource, load_image
+from edgevlm.processing.picture import Picture
 from edgevlm.processing.processor import Processor
 from edgevlm.runtimes import MAX_TOKENS
 from edgevlm.runtimes.answer import Answer, AnswerStream, FinishReason, Request, stop_strings
 from edgevlm.runtimes.chat import Chat, Conversation
 from edgevlm.runtimes.clock import ClockedSession, StageClock
 from edgevlm.runtimes.detokenize import TextStream
-from edgevlm.runtimes.image_cache import ImageCache, Picture
+from edgevlm.runtimes.embedding import CachedEncoder, embed_prompt
+from edgevlm.runtimes.image_cache import ImageCache
 from edgevlm.runtimes.loop import generate
-from edgevlm.runtimes.prompt_rows import PromptRows, Row, common_prefix
+from edgevlm.runtimes.prompt_rows import PromptRows, Row, common_prefix, prompt_rows
 from edgevlm.runtimes.sampling import GREEDY, Sampling, sampler
 from edgevlm.runtimes.session import Float, Session
+from edgevlm.runtimes.video import Video
 
-__all__ = ["Answer", "AnswerStream", "Chat", "RuntimeVlm"]
+__all__ = ["Answer", "AnswerStream", "Chat", "RuntimeVlm", "Video"]
 
 EMPTY = Conversation()
 FULL_CHAT = "reset the chat (/reset on the command line, Chat.reset() in Python)"
@@ -46,7 +50,9 @@ class RuntimeVlm:
     """Answers questions with any ``Session``.
 
     It serves one request at a time: asking while a stream is unfinished raises UsageError rather than waiting
-    for a stream that may be waiting for its reader.  ``info`` says what it runs on.
+    for a stream that may be waiting for its reader.  ``info`` says what it runs on.  ``fusion``, of models with
+    modality pre-fusion, says which text sees the picture before the decoder does; such a model reads exactly
+    one picture or video per conversation.  ``vocab_size``: rows of the embedding, where they are known.
     """
 
     def __init__(
@@ -58,8 +64,11 @@ class RuntimeVlm:
         max_context: int,
         image_cache_size: int = 8,
         info: Mapping[str, Any] | None = None,
+        fusion: FusionShape | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.session, self.processor = session, processor
+        self.fusion, self._vocab_size = fusion, vocab_size
         self.name, self.max_context, self.info = name, min(max_context, session.max_context), dict(info or {})
         self._images = ImageCache(image_cache_size)
         self._rows: Sequence[Row] = ()  # what the session's kv cache holds
@@ -68,7 +77,7 @@ class RuntimeVlm:
 
     def ask(
         self,
-        image: ImageSource | None,
+        image: ImageSource | Video | None,
         prompt: str,
         *,
         max_tokens: int = MAX_TOKENS,
@@ -77,11 +86,11 @@ class RuntimeVlm:
         use_image_cache: bool = True,
         ignore_eos: bool = False,
     ) -> Answer:
-        """The answer to ``prompt`` about ``image`` (or about nothing), from an empty kv cache.
+        """The answer to ``prompt`` about ``image`` (a picture, a ``Video`` or nothing), from an empty kv cache.
 
         Ends at the model's stop token (unless ``ignore_eos``, for measurements of a fixed length), before one of
         the ``stop`` strings, or after ``max_tokens``.  Raises InputError for an empty prompt or unreadable image,
-        DoesNotFitError for a prompt beyond the context.
+        DoesNotFitError for a prompt beyond the context, UnsupportedError for a video that this model cannot read.
         """
         stream = self.stream(
             image,
@@ -96,7 +105,7 @@ class RuntimeVlm:
 
     def stream(
         self,
-        image: ImageSource | None,
+        image: ImageSource | Video | None,
         prompt: str,
         *,
         max_tokens: int = MAX_TOKENS,
@@ -150,7 +159,7 @@ class RuntimeVlm:
     def begin(
         self,
         request: Request,
-        image: ImageSource | None,
+        image: ImageSource | Video | None,
         conversation: Conversation = EMPTY,
         *,
         reuse: bool = False,
@@ -188,18 +197,23 @@ class RuntimeVlm:
                 "or open the bundle a second time"
             )
 
-    def _load(self, image: ImageSource | None, clock: StageClock) -> Picture | None:
+    def _load(self, image: ImageSource | Video | None, clock: StageClock) -> Picture | None:
         if image is None:
             return None
+        frames = image.frames if isinstance(image, Video) else (image,)
+        if isinstance(image, Video) and self.fusion is None:
+            raise UnsupportedError(f"{self.name} reads pictures, not videos: ask about one frame (--image)")
         with clock.stage("load_image"):
-            loaded = load_image(image, self.processor.limits)
+            loaded = [load_image(frame, self.processor.limits) for frame in frames]
         with clock.stage("preprocess"):
-            return Picture.of(pixel_values(loaded, self.processor.image_spec))
+            if isinstance(image, Video):
+                return self.processor.prepare_video(loaded)
+            return self.processor.prepare(loaded[0])
 
     def _prompt(self, conversation: Conversation, clock: StageClock) -> PromptRows:
         with clock.stage("preprocess"):
-            ids = self.processor.input_ids(conversation.messages)
-            prompt = PromptRows(ids, self.processor.image_positions(ids), conversation.pictures)
+            prompt = prompt_rows(self.processor, conversation.messages, conversation.pictures, self.fusion)
+        self._check_vocabulary(prompt)
         if len(prompt) > self.max_context:
             advice = FULL_CHAT if len(conversation.messages) > 1 else "shorten the prompt"
             raise DoesNotFitError(
@@ -208,15 +222,24 @@ class RuntimeVlm:
             )
         return prompt
 
+    def _check_vocabulary(self, prompt: PromptRows) -> None:
+        largest = int(prompt.ids_to_embed().max(initial=0))
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise ConfigError(
+                f"the prompt holds token id {largest}, but {self.name} has {self._vocab_size} embeddings: "
+                "tokenizer and weights are of two models; export or copy the model again"
+            )
+
     def _answer(self, turn: Turn, on_end: Callable[[Conversation], None] | None) -> Generator[str, None, Answer]:
         """The pieces of an answer, then the answer; notes what the kv cache holds, however it ends."""
         written = TextStream(self.processor.tokenizer.decode, turn.request.stop)
         session = ClockedSession(self.session, turn.clock)
         kept = self._rewind(turn)
         try:
-            embeds, num_encoded = self._embeds(session, turn, kept)
+            encode = CachedEncoder(session, self._images if turn.request.use_image_cache else ImageCache(0))
+            embeds = embed_prompt(session, turn.prompt, encode, turn.clock, kept)
             yield from _pieces(self._tokens(session, embeds, turn), written, turn.clock)
-            answer = self._finished(turn, written, kept, num_encoded)
+            answer = self._finished(turn, written, kept, encode.num_encoded)
         finally:
             self._rows = (*turn.prompt.rows(), *written.token_ids)[: self.session.position]
         if on_end is not None:
@@ -228,21 +251,6 @@ class RuntimeVlm:
         kept = min(common_prefix(self._rows, turn.prompt.rows()), len(turn.prompt) - 1) if turn.reuse else 0
         self.session.rewind(kept)
         return kept
-
-    def _embeds(self, session: Session, turn: Turn, kept: int) -> tuple[Float, int]:
-        """The prompt's rows after the first ``kept``, and how many images had to be encoded for them."""
-        prompt, cache = turn.prompt, self._images if turn.request.use_image_cache else ImageCache(0)
-        features, num_encoded = [], 0
-        for picture in prompt.pictures_after(kept):
-            known = cache.get(picture.key)
-            if known is None:
-                known, num_encoded = session.encode(picture.pixel_values), num_encoded + 1
-                cache.put(picture.key, known)
-            features.append(known)
-        embeds = session.embed(prompt.ids[None, kept:])
-        with turn.clock.stage("embed"):
-            prompt.place(features, embeds, kept)
-        return embeds, num_encoded
 
     def _limit(self, turn: Turn) -> int:
         """Tokens that may come: the last one is sampled, but takes no row."""

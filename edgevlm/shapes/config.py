@@ -11,6 +11,7 @@ Fields that hubs know keep the hub's name.  ``type`` is the tag by which a file 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +40,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's stretched rotary positions: low frequencies divided by ``factor``, a smooth step between."""
+    """Llama 3.1's stretched rotary positions, for texts longer than the first training's.
+
+    Frequencies that turn more than ``high_freq_factor`` times in ``original_max_position_embeddings`` rows stay, those
+    that turn less than ``low_freq_factor`` times are divided by ``factor``, with a smooth step between.
+    """
 
     type: Literal["llama3"] = "llama3"
     factor: float = 8.0
@@ -47,13 +52,20 @@ class Llama3Scaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    def __post_init__(self) -> None:
+        check_positive(self, "original_max_position_embeddings")
+        if self.factor <= 0 or not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"rope_scaling: factor ({self.factor}) and low_freq_factor ({self.low_freq_factor}) must be above 0, "
+                f"high_freq_factor ({self.high_freq_factor}) above low_freq_factor"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A causal decoder of the Llama layout; Qwen2, Qwen3 and SmolLM2 are settings of it.
 
-    ``norm``, ``mlp`` and ``positions`` have other values for decoders of the GPT-2 layout, whose linear layers all
-    have biases.
+    GPT-2's layout is ``norm`` layer, ``mlp`` gelu, ``positions`` learned and both attention biases.
     """
 
     vocab_size: int
@@ -64,15 +76,16 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # of whichever norm
     rope_theta: float = 10_000.0
     rope_scaling: Llama3Scaling | None = None
     attention_bias: bool = False  # on query, key and value (Qwen2)
+    output_bias: bool = False  # on what leaves the attention
     qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
     tie_word_embeddings: bool = True
     norm: Literal["rms", "layer"] = "rms"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    positions: Literal["rotary", "learned"] = "rotary"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu: Linear, exact GELU, Linear, both with biases
+    positions: Literal["rotary", "learned"] = "rotary"  # learned: a table added to the decoder's input
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -82,7 +95,7 @@ class DecoderConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
+        if self.positions == "rotary" and self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary positions, got {self.head_dim}")
 
 
@@ -90,7 +103,8 @@ class DecoderConfig:
 class VitConfig:
     """A plain vision transformer with learned positions: SigLIP's layout by default, CLIP's by its settings.
 
-    ``num_hidden_layers`` counts the blocks that run: of CLIP's 24, LLaVA reads what the 23rd gives.
+    ``num_hidden_layers`` counts the blocks that run: of CLIP's 24, LLaVA reads what the 23rd gives.  A rest of pixels
+    that fills no patch (384 of 14 a side) is not looked at.
     """
 
     type: Literal["vit"] = "vit"
@@ -109,8 +123,8 @@ class VitConfig:
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "patch_size", "hidden_size", "intermediate_size")
         check_positive(self, "num_hidden_layers", "num_attention_heads")
-        if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise ConfigError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         check_heads(self, self.hidden_size, self.num_attention_heads)
 
     @property
@@ -181,6 +195,7 @@ class MlpConfig:
     num_layers: Literal[1, 2] = 2
     hidden_size: int | None = None
     bias: bool = True
+    final_gelu: bool = False  # a GELU after the last Linear (NanoVLMs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +222,7 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QueriesConfig:
-    """``num_queries`` learned queries attend to the features; the first m of them serve any smaller budget (MQT).
+    """``num_queries`` of ``table_size`` learned queries attend to the features; any first ones serve (MQT).
 
     Source: Matryoshka Query Transformer, arXiv:2405.19315, as the released code behaves.
     """
@@ -215,9 +230,15 @@ class QueriesConfig:
     type: Literal["queries"] = "queries"
     factor: Literal[1] = 1
     num_queries: int = 256
-    table_size: int = 256  # queries that the checkpoint holds
+    table_size: int = 256  # queries that the checkpoint holds: a square, whose positions cover the picture
     num_heads: int = 16
-    folded: bool = False  # attention, which does not depend on the picture, is a constant already
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_queries", "table_size", "num_heads")
+        if math.isqrt(self.table_size) ** 2 != self.table_size:
+            raise ConfigError(f"QueriesConfig.table_size must be a square such as 256, got {self.table_size}")
+        if self.num_queries > self.table_size:
+            raise ConfigError(f"num_queries must be 1 to {self.table_size}, got {self.num_queries}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +256,12 @@ class VlmConfig:
             raise ConfigError(
                 f"a grid of {self.vision.grid_size}x{self.vision.grid_size} features does not divide by "
                 f"the projector's factor {self.projector.factor}"
+            )
+
+        if self.fusion is not None and not (self.projector.type == "mlp" and self.decoder.positions == "rotary"):
+            raise ConfigError(
+                f"fusion needs a projector of type mlp and rotary positions, found {self.projector.type} and "
+                f"{self.decoder.positions}: the compressor reduces the tokens, and text continues the cached positions"
             )
 
     @property

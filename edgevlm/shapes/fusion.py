@@ -21,8 +21,7 @@ class FusionConfig:
     compressor: Literal["query", "pool"] = "query"
     num_heads: int = 8  # of the query compressor
     resolution_ratio: int = 1  # n: n² crops and the whole picture; 1 is the whole picture alone
-    skip_token_zero: bool = True  # the released code takes token id 0 for padding and leaves it out of the fusion
-    folded: bool = False  # the query compressor's constants are multiplied out already
+    skip_token_zero: bool = False  # the released code takes token id 0 for padding and leaves it out of the fusion
 
     def __post_init__(self) -> None:
         check_positive(self, "num_layers", "grid_size", "num_heads", "resolution_ratio")
@@ -36,3 +35,7 @@ class FusionConfig:
     def num_views(self) -> int:
         """Pictures of the encoder's size that one picture is cut into."""
         return 1 if self.resolution_ratio == 1 else self.resolution_ratio**2 + 1
+
+    def side_of_views(self, grid_size: int) -> int:
+        """Side of the square of features that the compressor reads, where one view gives ``grid_size`` squared."""
+        return grid_size * self.resolution_ratio

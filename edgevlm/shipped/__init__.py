@@ -10,6 +10,7 @@ from edgevlm.core.registry import unknown_name
 
 HERE = Path(__file__).parent
 MODELS = ("nano",)
+WANTED = f"give a checkpoint's folder, or a shipped name ({', '.join(MODELS)}), or a hub id (owner/name)"
 DEMO_IMAGE = HERE / "demo.png"
 
 
@@ -31,7 +32,7 @@ def find_weights(model: str | Path) -> Path:
         raise InputError(f"{folder} is a bundle, not a model: give the checkpoint that it was exported from")
     if not (folder / "config.json").is_file():
         found = "is a folder without config.json" if folder.is_dir() else "does not exist"
-        raise InputError(f"{folder} {found}: give a checkpoint's folder, or a shipped name ({', '.join(MODELS)})")
+        raise InputError(f"{folder} {found}: {WANTED}")
     return folder
 
 

@@ -14,8 +14,11 @@ from edgevlm.bundle.golden import load_golden
 from edgevlm.bundle.read import read_bundle
 from edgevlm.core.errors import EdgeVLMError, InputError, IntegrityError, ParityError
 from edgevlm.evaluation.scenes import GENERATOR_VERSION
+from edgevlm.processing.picture import Picture
 from edgevlm.processing.processor import Processor
+from edgevlm.runtimes.embedding import Encode
 from edgevlm.runtimes.open import open_bundle
+from edgevlm.runtimes.prompt_rows import PromptRows
 from edgevlm.runtimes.session import Float, Ints, Session
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shipped import find_bundle
@@ -98,7 +101,8 @@ def golden_answers_match(vlm: RuntimeVlm) -> str | None:
         return None
     with vlm.exclusive() as session:
         for number, case in enumerate(_cases(Path(root))):
-            found = _greedy(session, vlm.processor, case.tensors)
+            prompt = golden.prompt_of(vlm, case.tensors["input_ids"], case.tensors["pixel_values"])
+            found = _greedy(session, prompt, golden.encoder(session), len(case.tensors["greedy_ids"]))
             result = compare_ids("greedy_ids", case.tensors["greedy_ids"], found)
             if not result.passed:
                 return f"golden case {number}: {result.note}"
@@ -134,7 +138,7 @@ def _compared(vlm: RuntimeVlm, cases: Sequence[GoldenCase], table: Mapping[str, 
     by_stage: dict[str, list[StageResult]] = {}
     with vlm.exclusive() as session:
         for case in cases:
-            for result in _stages(session, vlm.processor, case, table):
+            for result in _stages(session, vlm, case, table):
                 by_stage.setdefault(result.stage, []).append(result)
                 if not result.passed:
                     break
@@ -142,39 +146,61 @@ def _compared(vlm: RuntimeVlm, cases: Sequence[GoldenCase], table: Mapping[str, 
 
 
 def _stages(
-    session: Session, processor: Processor, case: GoldenCase, table: Mapping[str, Threshold]
+    session: Session, vlm: RuntimeVlm, case: GoldenCase, table: Mapping[str, Threshold]
 ) -> Iterator[StageResult]:
-    """Every stage in the order of the data; all but the last read golden inputs, so a fault stays where it is."""
-    expected = case.tensors
+    """Every stage in the order of the data; all but the last read golden inputs, so a fault stays where it is.
 
-    def close(stage: str, compute: Callable[[], Float]) -> StageResult:
+    ``fused_embeds`` alone reads what the encoder just gave, whose memory of the picture is too large to store.
+    """
+    expected, picture = case.tensors, _prepared(vlm.processor, case)
+    prompt = golden.prompt_of(vlm, expected["input_ids"], expected["pixel_values"])
+    encode = golden.encoder(session)
+
+    def close(stage: str, reference: Float, compute: Callable[[], Float]) -> StageResult:
+        allowed = table[stage].allowed(reference)
         try:
-            return compare(stage, expected[stage], compute(), table[stage].max_abs)
+            return compare(stage, reference, compute(), allowed)
         except EdgeVLMError as error:  # the engine gave up: that is this stage's result
-            return StageResult(
-                stage=stage, max_abs=float("inf"), tolerance=table[stage].max_abs, passed=False, note=str(error)
-            )
+            return StageResult(stage=stage, max_abs=float("inf"), tolerance=allowed, passed=False, note=str(error))
 
-    given = expected["greedy_ids"][: len(expected["decode_logits"])].tolist()
-    yield _pixels(processor, case, table)
-    yield close("image_features", lambda: session.encode(expected["pixel_values"]))
-    yield compare_ids("input_ids", expected["input_ids"], golden.input_ids(processor, case.prompt))
-    yield close("inputs_embeds", lambda: session.embed(expected["input_ids"][None]))
-    yield close("prefill_logits", lambda: golden.prefill_logits(session, expected["prompt_rows"]))
-    yield close("decode_logits", lambda: np.stack([session.decode(token) for token in given]))
-    yield compare_ids("greedy_ids", expected["greedy_ids"], _greedy(session, processor, expected))
+    def text(rows: Float) -> Float:
+        return np.delete(rows, prompt.positions, axis=1)
+
+    yield _pixels(vlm.processor, expected["pixel_values"], picture.pixel_values, table)
+    yield close(
+        "image_features",
+        expected["image_features"],
+        lambda: encode(golden.PICTURE, expected["pixel_values"]).tokens,
+    )
+    found = golden.input_ids(vlm.processor, case.prompt, picture.grid)
+    yield compare_ids("input_ids", expected["input_ids"], found)
+    embeds = text(expected["inputs_embeds"])
+    yield close("inputs_embeds", embeds, lambda: text(session.embed(prompt.ids_to_embed()[None])))
+    if prompt.fused is not None:
+        fused = expected["prompt_rows"][:, prompt.fused]
+        yield close("fused_embeds", fused, lambda: golden.prompt_rows(session, prompt, encode)[:, prompt.fused])
+    rows, given = expected["prompt_rows"], expected["greedy_ids"][: len(expected["decode_logits"])].tolist()
+    yield close("prefill_logits", expected["prefill_logits"], lambda: golden.prefill_logits(session, rows))
+    steps = expected["decode_logits"]
+    yield close("decode_logits", steps, lambda: np.stack([session.decode(token) for token in given]))
+    ids = expected["greedy_ids"]
+    yield compare_ids("greedy_ids", ids, _greedy(session, prompt, encode, len(ids)))
 
 
-def _pixels(processor: Processor, case: GoldenCase, table: Mapping[str, Threshold]) -> StageResult:
+def _prepared(processor: Processor, case: GoldenCase) -> Picture:
+    """The case's picture, as this machine prepares it."""
+    try:
+        return processor.prepare(case.picture)
+    except InputError as error:
+        raise IntegrityError(f"golden/ is damaged: {error}; copy or export the bundle again") from error
+
+
+def _pixels(processor: Processor, expected: Float, found: Float, table: Mapping[str, Threshold]) -> StageResult:
     """Single values may round differently; the mean over the picture may not move.
 
     The table counts in levels of a channel from 0 to 1; the smallest std stretches them most.
     """
     stretch = 1 / min(processor.image_spec.std)
-    try:
-        expected, found = case.tensors["pixel_values"], processor.pixels(case.picture)
-    except InputError as error:
-        raise IntegrityError(f"golden/ is damaged: {error}; copy or export the bundle again") from error
     result = compare("pixels", expected, found, table["pixels"].max_abs * stretch)
     drift = float(np.abs(expected - found).mean()) if result.passed else 0.0
     allowed = table["pixels_mean"].max_abs * stretch
@@ -183,12 +209,10 @@ def _pixels(processor: Processor, case: GoldenCase, table: Mapping[str, Threshol
     return replace(result, max_abs=drift, tolerance=allowed, passed=False, note="of the mean over all pixels")
 
 
-def _greedy(session: Session, processor: Processor, expected: golden.Tensors) -> Ints:
+def _greedy(session: Session, prompt: PromptRows, encode: Encode, steps: int) -> Ints:
     """Greedy ids by the bundle's own parts from pixels on."""
-    ids = expected["input_ids"]
-    features = session.encode(expected["pixel_values"])
-    rows = golden.place(session.embed(ids[None]), features, processor.image_positions(ids))
-    return golden.continue_greedily(session, rows, len(expected["greedy_ids"]))[0]
+    rows = golden.prompt_rows(session, prompt, encode)
+    return golden.continue_greedily(session, rows, steps)[0]
 
 
 def _task(vlm: RuntimeVlm, meta: Mapping[str, Any]) -> TaskResult | None:

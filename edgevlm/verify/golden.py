@@ -2,7 +2,7 @@
 
 ``record`` runs the cases through a session (PyTorch's, at export) and keeps pictures, prompts and tensors in
 the bundle's ``golden/``.  The pictures are generated scenes, of other sizes than the model's own, so that
-size, fit and filter matter.
+size, fit and filter matter; a model that cuts pictures into tiles gets one that makes several, but few.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from edgevlm.evaluation.scenes import GENERATOR_VERSION, make_scene, render
 from edgevlm.evaluation.scoring import is_match
 from edgevlm.evaluation.suites import GOLDEN_SEED, SUITES, Suite
 from edgevlm.processing.chat import user_message
+from edgevlm.processing.picture import Grid, Picture
 from edgevlm.processing.processor import Processor
+from edgevlm.processing.split import Crops
+from edgevlm.runtimes.clock import StageClock
+from edgevlm.runtimes.embedding import CachedEncoder, Encode, embed_prompt
+from edgevlm.runtimes.image_cache import ImageCache
+from edgevlm.runtimes.prompt_rows import PromptRows, fused_positions
 from edgevlm.runtimes.session import Float, Ints, Session
 from edgevlm.runtimes.vlm import RuntimeVlm
 
-NUM_GREEDY_IDS = 64
+NUM_GREEDY_IDS = 32  # at export; a bundle says itself how many it has
 NUM_LOGIT_STEPS = 8  # decode steps whose logits are kept
 TASK_SCENES, TASK_QUESTIONS = 16, 4
+MOST_TILES = 9  # of a golden picture: some seconds each with a large encoder on two cores
+PICTURE = "golden"  # the key of the one picture of a case
 
 TENSORS = (
     *("pixel_values", "image_features", "input_ids", "inputs_embeds", "prompt_rows"),
@@ -45,26 +53,38 @@ class Case:
     prompt: str
 
 
-def cases() -> tuple[Case, ...]:
+def cases(processor: Processor) -> tuple[Case, ...]:
     """A wide picture that shrinks and a tall one that grows, at most model sizes."""
-    wide, tall = (
+    wide, tall, large = (
         render(make_scene(GOLDEN_SEED, 0), 400)[:300],
         render(make_scene(GOLDEN_SEED, 1), 120)[:, :84],
+        render(make_scene(GOLDEN_SEED, 0), 1200)[:600],
     )
     return (
-        Case(image=wide, prompt="What is in the picture?"),
-        Case(image=tall, prompt="Describe the picture."),
+        Case(image=_fitting(processor, (wide, wide[:200], wide[:100], large)), prompt="What is in the picture?"),
+        Case(image=_fitting(processor, (tall, tall[:, :30])), prompt="Describe the picture."),
     )
+
+
+def _fitting(processor: Processor, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The first of ``images``; where they are cut into tiles, the one with the most that are not too many."""
+    split = processor.image_spec.split
+    if split is None or isinstance(split, Crops):
+        return images[0]
+    counts = [len(processor.pixels(image)) for image in images]
+    most = max((count for count in counts if count <= MOST_TILES), default=min(counts))
+    return images[counts.index(most)]
 
 
 def record(vlm: RuntimeVlm, root: Path, suite: str) -> None:
     """Run every case, and the task ``suite`` if there is one, and write ``golden/`` of the bundle at ``root``."""
     tensors: Tensors = {}
-    for number, case in enumerate(cases()):
+    asked = cases(vlm.processor)
+    for number, case in enumerate(asked):
         tensors |= {f"{number}.{name}": tensor for name, tensor in _record_case(vlm, case).items()}
     task = _task_record(vlm, suite) if suite else None
-    save_golden(root, tensors, {"prompts": [case.prompt for case in cases()], "task": task})
-    for number, case in enumerate(cases()):
+    save_golden(root, tensors, {"prompts": [case.prompt for case in asked], "task": task})
+    for number, case in enumerate(asked):
         Image.fromarray(case.image).save(picture(root, number))
 
 
@@ -76,23 +96,24 @@ def picture(root: Path, number: int) -> Path:
 def _record_case(vlm: RuntimeVlm, case: Case) -> Tensors:
     """Every stage's tensors for one case."""
     with vlm.exclusive() as session:
-        return _run_case(session, vlm.processor, case, vlm.max_context)
+        return _run_case(session, vlm, case)
 
 
-def _run_case(session: Session, processor: Processor, case: Case, max_context: int) -> Tensors:
-    pixels = processor.pixels(case.image)
-    features = session.encode(pixels)
-    ids = input_ids(processor, case.prompt)
-    embeds = session.embed(ids[None])
-    rows = place(embeds, features, processor.image_positions(ids))
-    steps = min(NUM_GREEDY_IDS, max_context - len(ids))
+def _run_case(session: Session, vlm: RuntimeVlm, case: Case) -> Tensors:
+    picture = vlm.processor.prepare(case.image)
+    ids = input_ids(vlm.processor, case.prompt, picture.grid)
+    prompt, encode = prompt_of(vlm, ids, picture.pixel_values), encoder(session)
+    features = encode(PICTURE, picture.pixel_values).tokens
+    embeds = session.embed(prompt.ids_to_embed()[None])
+    rows = prompt_rows(session, prompt, encode)
+    steps = min(NUM_GREEDY_IDS, vlm.max_context - len(ids))
     if steps < 2:
         raise DoesNotFitError(
-            f"a context of {max_context} is too short to verify: the golden prompt has {len(ids)} tokens"
+            f"a context of {vlm.max_context} is too short to verify: the golden prompt has {len(ids)} tokens"
         )
     greedy, prefill, decode = continue_greedily(session, rows, steps)
     return {
-        "pixel_values": pixels,
+        "pixel_values": picture.pixel_values,
         "image_features": features,
         "input_ids": ids,
         "inputs_embeds": embeds,
@@ -122,16 +143,31 @@ def prefill_logits(session: Session, rows: Float) -> Float:
     return session.prefill(rows)
 
 
-def input_ids(processor: Processor, prompt: str) -> Ints:
-    """Ids [T] of a question about one picture."""
-    return processor.input_ids([user_message(prompt, num_images=1)])
+def input_ids(processor: Processor, prompt: str, grid: Grid) -> Ints:
+    """Ids [T] of a question about one picture of ``grid`` tiles."""
+    return processor.input_ids([user_message(prompt, num_images=1)], grids=[grid])
 
 
-def place(embeds: Float, features: Float, positions: Ints) -> Float:
-    """``embeds`` [1, T, D] with the vision tokens [1, N, D] at ``positions``."""
-    rows: Float = embeds.copy()
-    rows[0, positions] = features[0]
-    return rows
+def prompt_of(vlm: RuntimeVlm, ids: Ints, pixel_values: Float) -> PromptRows:
+    """The prompt with these ids [T], about one picture of all the views ``pixel_values`` [S, 3, H, W]."""
+    positions = vlm.processor.image_positions(ids)
+    return PromptRows(
+        ids=ids,
+        positions=positions,
+        pictures=(Picture(pixel_values, (1, 1), PICTURE),),
+        counts=(len(positions),),
+        fused=None if vlm.fusion is None else fused_positions(ids, positions, vlm.fusion),
+    )
+
+
+def encoder(session: Session) -> CachedEncoder:
+    """Encodes the picture of a case once, however many stages need its features."""
+    return CachedEncoder(session, ImageCache(1))
+
+
+def prompt_rows(session: Session, prompt: PromptRows, encode: Encode) -> Float:
+    """Rows [1, T, D] as the decoder reads them, made as for every question."""
+    return embed_prompt(session, prompt, encode, StageClock())
 
 
 def task_suite(name: str) -> Suite:

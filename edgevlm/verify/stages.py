@@ -14,6 +14,7 @@ CAUSES = {
     "image_features": "vision_encoder: a changed weight, a wrongly folded norm, or an operator that differs",
     "input_ids": "tokenizer or chat template: the prompt becomes other ids",
     "inputs_embeds": "embed_tokens: changed or reordered rows",
+    "fused_embeds": "fusion: a changed weight, its rotary positions, or the fusion_cache of vision_encoder",
     "prefill_logits": "decoder: a changed weight, other rotary positions (rope_theta), or the attention mask",
     "decode_logits": "decoder: the kv cache is read or written at the wrong place",
     "greedy_ids": "the parts agree one by one but not together: check the prompt, the vision rows and the stop tokens",
@@ -23,15 +24,17 @@ CAUSES = {
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """One stage compared: the largest difference, and three ways to read its size.
+    """One stage compared: the largest difference, and ways to read its size.
 
-    ``kl`` (nats) and ``top1_agreement`` are for logits only.
+    ``max_reference``: the largest absolute value of the reference, with which ``tolerance`` grows.  ``kl`` (nats)
+    and ``top1_agreement`` are for logits only.
     """
 
     stage: str
     max_abs: float
     tolerance: float
     passed: bool
+    max_reference: float | None = None
     relative_l2: float | None = None
     cosine: float | None = None
     kl: float | None = None
@@ -62,6 +65,7 @@ def compare(
         max_abs=max_abs,
         tolerance=tolerance,
         passed=max_abs <= tolerance,
+        max_reference=float(np.abs(expected).max(initial=0.0)),
         relative_l2=_ratio(np.linalg.norm(expected - found), np.linalg.norm(expected)),
         cosine=_ratio(np.dot(expected, found), np.linalg.norm(expected) * np.linalg.norm(found)),
         kl=_kl(reference, candidate) if is_logits else None,
@@ -83,8 +87,8 @@ def compare_ids(stage: str, reference: NDArray[np.int64], candidate: NDArray[np.
 
 
 def worst(results: Sequence[StageResult]) -> StageResult:
-    """Of several comparisons of one stage, a failed one, else the one with the largest difference."""
-    return max(results, key=lambda result: (not result.passed, result.max_abs))
+    """Of several comparisons of one stage, a failed one, else the one that uses most of what is allowed."""
+    return max(results, key=lambda result: (not result.passed, result.max_abs / (result.tolerance or 1.0)))
 
 
 def _ratio(numerator: SupportsFloat, denominator: SupportsFloat) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,59 @@ def run_file(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     result = CliRunner().invoke(app, ["bench", str(tiny_bundle), "--save", str(file), *options])
     assert result.exit_code == 0, result.output
     return file
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[..., None]:
+    """Write ``model.safetensors`` of a real model's size: random values, one tensor in memory at a time.
+
+    ``random_weights(folder, {"name": shape}, "BF16")``.  Norms are near 1, and matrices keep the size of what they
+    multiply, so that every tensor counts in the result.  ``change(name, values)`` may make others of them.
+    """
+    import torch
+
+    types = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+    def write(
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: str,
+        change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, values: values,
+    ) -> None:
+        header, end, generator = {}, 0, torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, shape in shapes.items():
+                noise = torch.randn(shape, generator=generator)
+                if len(shape) > 1:
+                    values = noise * math.prod(shape[1:]) ** -0.5
+                else:
+                    values = noise * 0.1 + float(name.endswith("weight"))
+                file.write(change(name, values).to(types[dtype]).view(torch.uint8).numpy().tobytes())
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Callable[..., None]:
+    """Write a tokenizer that spells text in single bytes, and has a word of its own for every other id.
+
+    ``word_tokenizer(folder, 49_280, {"<image>": 49_190})``: the size of the vocabulary, and special tokens in it.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    def write(folder: Path, size: int, special: Mapping[str, int]) -> None:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        names = {id: token for token, id in special.items()}
+        words = [*letters, *(f"w{id}" for id in range(len(letters), size))]
+        tokenizer = Tokenizer(models.BPE({names.get(id, word): id for id, word in enumerate(words)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+
+    return write

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from edgevlm.bundle.write import write_sums
 from edgevlm.cli.app import app
+from edgevlm.core.config import from_mapping
 from edgevlm.export import pipeline
 from edgevlm.export.parts import Part, split
 from edgevlm.models.decoder import rotary_table
 from edgevlm.models.vlm import Vlm
+from edgevlm.shapes.config import VlmConfig
 from edgevlm.verify import verify_bundle
 
 Edit = Callable[[str, np.ndarray], np.ndarray]
@@ -86,7 +90,9 @@ def wrong_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def split_wrongly(model: Vlm) -> tuple[Part, ...]:
         parts = split(model)
         decoder = next(part for part in parts if part.name == "decoder_model_merged")
-        decoder.model.decoder.layers[0].mlp.down_proj.weight.data.mul_(1.05)  # type: ignore[operator, union-attr]
+        projection = decoder.model.decoder.layers[0].mlp.down_proj  # type: ignore[union-attr]
+        assert isinstance(projection, nn.Linear)
+        projection.weight = nn.Parameter(projection.weight * 1.05)  # a new one: the reference keeps the old one
         return parts
 
     monkeypatch.setattr(pipeline, "split", split_wrongly)
@@ -173,7 +179,11 @@ def test_swapped_weights_are_caught(bundle: Path) -> None:
 
 
 def test_another_rotary_base_is_caught(bundle: Path) -> None:
-    cosine, sine = (t[0, 0].numpy() for t in rotary_table(torch.arange(128).unsqueeze(0), 32, 500_000.0))
+    config = from_mapping(
+        VlmConfig, json.loads((bundle / "config.json").read_text()), strict=False, where="config.json"
+    )
+    decoder = replace(config.decoder, rope_theta=500_000.0)
+    cosine, sine = (t[0, 0].numpy() for t in rotary_table(torch.arange(128).unsqueeze(0), decoder))
     edit_weights(bundle, "decoder_model_merged", {"rotary.cosine": lambda *_: cosine, "rotary.sine": lambda *_: sine})
     assert_caught(bundle, "prefill_logits")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 from typer.testing import CliRunner
 
-from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile, TensorSpec
+from edgevlm.bundle.manifest import DecoderShape, FusionShape, Manifest, PartFile, TensorSpec
 from edgevlm.bundle.read import Bundle
 from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.cli.app import app
@@ -38,12 +38,14 @@ from edgevlm.core.errors import (
 from edgevlm.runtimes.on_onnxruntime import OnnxRuntimeSession
 from edgevlm.runtimes.open import open_bundle
 from edgevlm.runtimes.sampling import Sampling
-from edgevlm.runtimes.session import Float
+from edgevlm.runtimes.session import Float, ImageFeatures
+from edgevlm.runtimes.video import Video
 
 L, HEADS, K, SIZE, D, CONTEXT = 2, 4, 2, 16, 32, 96  # GroupQueryAttention rotates heads of 16, 32, … only
 SPECIAL = ["<image>", "<|user|>", "<|assistant|>", "<|end|>"]
 V = 256 + len(SPECIAL)
 N, SIDE = 4, 8
+VIEWS = 5  # of the fused bundle: four crops and the whole picture
 TOLERANCE = 2e-5  # float32 through two layers of width 32, logits of order one
 
 KINDS = ("key", "value")
@@ -114,6 +116,9 @@ CONSTANTS: dict[str, NDArray[np.generic]] = {
     "minus_one": np.array([-1], np.int64),
     "far": np.array([2**31], np.int64),
     "patches": np.array([-1, N, 3 * SIDE * SIDE // N], np.int64),
+    "first_axis": np.array([0], np.int64),
+    "first_axes": np.array([0, 1], np.int64),
+    "all_but_last": np.array([0, 1, 2, 3], np.int64),
 }
 
 
@@ -180,11 +185,35 @@ GRAPHS = {
 }
 
 
-def write_bundle(root: Path) -> Bundle:
+CACHE = [TensorSpec("fusion_cache", "float32", (1, 1, 1, N, D))]
+FUSED_GRAPHS = {  # the picture is the mean of its views, and text is fused by adding the mean of the picture
+    **GRAPHS,
+    "vision_encoder": (
+        [
+            helper.make_node("Reshape", ["pixel_values", "patches"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "vision"], ["views"]),
+            helper.make_node("ReduceMean", ["views", "first_axis"], ["image_features"]),
+            helper.make_node("Unsqueeze", ["image_features", "first_axes"], ["fusion_cache"]),
+        ],
+        [TensorSpec("pixel_values", "float32", (VIEWS, 3, SIDE, SIDE))],
+        [TensorSpec("image_features", "float32", (1, N, D)), *CACHE],
+    ),
+    "fusion": (
+        [
+            helper.make_node("ReduceMean", ["fusion_cache", "all_but_last"], ["mean"], keepdims=0),
+            helper.make_node("Add", ["inputs_embeds", "mean"], ["fused_embeds"]),
+        ],
+        EMBEDS + CACHE,
+        [TensorSpec("fused_embeds", "float32", ("B", "T", D))],
+    ),
+}
+
+
+def write_bundle(root: Path, fused: bool = False) -> Bundle:
     """A whole bundle, as an export would write it."""
     (root / "onnx").mkdir(parents=True)
     parts = []
-    for name, (nodes, inputs, outputs) in GRAPHS.items():
+    for name, (nodes, inputs, outputs) in (FUSED_GRAPHS if fused else GRAPHS).items():
         save(root / f"onnx/{name}.onnx", nodes, inputs, outputs)
         parts.append(
             PartFile(
@@ -202,11 +231,12 @@ def write_bundle(root: Path) -> Bundle:
         name="tiny",
         family="test",
         parts=tuple(parts),
-        image={"height": SIDE, "width": SIDE, "fit": "stretch"},
+        image={"height": SIDE, "width": SIDE, "fit": "stretch", "split": {"type": "crops"} if fused else None},
         prompt={"image_token": "<image>", "num_vision_tokens": N, "stop_token_ids": [V - 1]},
         num_vision_tokens=N,
         decoder=DecoderShape(L, K, SIZE, D, V),
         max_context=CONTEXT,
+        fusion=FusionShape(num_layers=1, skip_token_zero=True) if fused else None,
     )
     manifest = write_manifest(root, manifest)
     write_sums(root)
@@ -225,6 +255,11 @@ def tokenizer() -> Inner:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def fused_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "fused", fused=True)
 
 
 @pytest.fixture
@@ -323,10 +358,22 @@ def test_rows_that_are_not_contiguous_are_read_right(session: OnnxRuntimeSession
 
 def test_embeds_and_features_belong_to_the_caller(session: OnnxRuntimeSession) -> None:
     embeds = session.embed(np.array([[1, 2]]))
-    features = session.encode(np.ones((1, 3, SIDE, SIDE), np.float32))
+    features = session.encode(np.ones((1, 3, SIDE, SIDE), np.float32)).tokens
     embeds[0, 0] = features[0, 0]
     assert np.array_equal(session.embed(np.array([[1, 2]]))[0], WEIGHTS["table"][[1, 2]])
     assert features.shape == (1, N, D)
+
+
+def test_tiles_give_their_tokens_one_after_the_other(session: OnnxRuntimeSession) -> None:
+    tiles = np.random.default_rng(2).normal(0, 1, (3, 3, SIDE, SIDE)).astype(np.float32)
+    one_by_one = [session.encode(tile[None]).tokens for tile in tiles]
+    assert np.array_equal(session.encode(tiles).tokens, np.concatenate(one_by_one, axis=1))
+    assert session.encode(tiles).tokens.shape == (1, 3 * N, D)
+
+
+def test_a_model_without_pre_fusion_does_not_fuse(session: OnnxRuntimeSession) -> None:
+    with pytest.raises(UnsupportedError, match="no pre-fusion"):
+        session.fuse(ImageFeatures(random_rows(N)), random_rows(3))
 
 
 @pytest.mark.parametrize("position", [-1, 4])
@@ -442,6 +489,45 @@ def test_greedy_tokens_are_those_of_numpy(bundle: Bundle, picture: Path) -> None
     assert answer.token_ids == tuple(expected)
 
 
+def test_fused_greedy_tokens_are_those_of_numpy(fused_bundle: Bundle, picture: Path) -> None:
+    with open_bundle(fused_bundle.root) as vlm:
+        answer = vlm.ask(picture, "What! is this?", max_tokens=12)
+        ids = vlm.processor.input_ids([{"role": "user", "content": [{"type": "image"}, text("What! is this?")]}])
+        vision = (vlm.processor.pixels(picture).reshape(VIEWS, N, -1) @ WEIGHTS["vision"]).mean(0)
+        rows = WEIGHTS["table"][ids] + np.where(ids != 0, 1, 0)[:, None] * vision.mean(0)
+        rows[vlm.processor.image_positions(ids)] = vision
+    expected: list[int] = []
+    rows = rows.astype(np.float32)
+    while len(expected) < 12 and (token := int(numpy_logits(rows[None]).argmax())) != V - 1:
+        expected.append(token)
+        rows = np.concatenate([rows, WEIGHTS["table"][[token]]])
+    assert 0 in ids  # "!", which pre-fusion leaves out
+    assert answer.token_ids == tuple(expected)
+
+
+def test_a_fused_conversation_that_reuses_the_cache_says_the_same(fused_bundle: Bundle, picture: Path) -> None:
+    with open_bundle(fused_bundle.root) as reusing, open_bundle(fused_bundle.root) as computing:
+        chats = [reusing.chat(), computing.chat()]
+        for prompt, image in (("one", picture), ("two", None), ("three", None)):
+            computing.ask(None, "in between")
+            first, second = (chat.say(prompt, image, max_tokens=6).read() for chat in chats)
+            assert first.token_ids == second.token_ids
+            assert first.num_cached_tokens > second.num_cached_tokens or prompt == "one"
+
+
+def test_views_that_are_not_one_picture_are_refused(fused_bundle: Bundle) -> None:
+    session = OnnxRuntimeSession(fused_bundle, threads=1)
+    for count in (1, VIEWS + 1, 2 * VIEWS):
+        with pytest.raises(UsageError, match=f"5 views.*got {2 if count == 10 else count}"):
+            session.encode(np.zeros((count, 3, SIDE, SIDE), np.float32))
+
+
+def test_a_video_is_answered_frame_by_frame(fused_bundle: Bundle, picture: Path) -> None:
+    with open_bundle(fused_bundle.root) as vlm:
+        answer = vlm.ask(Video(frames=[picture, picture]), "Hello", max_tokens=3)
+        assert answer.num_vision_tokens == 2 * N
+
+
 def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
@@ -510,6 +596,77 @@ def test_a_bundle_whose_parts_disagree_is_refused(tmp_path: Path, change: dict[s
     assert error.value.exit_code == 7
 
 
+def drop_tensor(manifest: Manifest, name: str) -> Manifest:
+    """The manifest without the output ``name`` of its vision encoder."""
+    parts = [
+        replace(part, outputs=tuple(tensor for tensor in part.outputs if tensor.name != name))
+        if part.part == "vision_encoder"
+        else part
+        for part in manifest.parts
+    ]
+    return replace(manifest, parts=tuple(parts))
+
+
+def resize_tensor(manifest: Manifest, name: str, part_name: str, shape: tuple[int | str, ...]) -> Manifest:
+    """The manifest with another shape for the input ``name`` of a part."""
+    other = TensorSpec(name, "float32", shape)
+    parts = [
+        replace(part, inputs=tuple(other if tensor.name == name else tensor for tensor in part.inputs))
+        if part.part == part_name
+        else part
+        for part in manifest.parts
+    ]
+    return replace(manifest, parts=tuple(parts))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: drop_tensor(m, "fusion_cache"),
+            "reads a fusion_cache, which onnx/vision_encoder.onnx does not give",
+        ),
+        (
+            lambda m: replace(m, fusion=None, parts=tuple(p for p in m.parts if p.part != "fusion")),
+            "gives a fusion_cache, but no part fusion reads it",
+        ),
+        (
+            lambda m: resize_tensor(m, "fusion_cache", "fusion", (1, 1, 1, N + 1, D)),
+            "gives a fusion_cache of 1 x 1 x 1 x 4 x 32, onnx/fusion.onnx takes 1 x 1 x 1 x 5 x 32",
+        ),
+        (
+            lambda m: resize_tensor(m, "pixel_values", "vision_encoder", (2, 3, SIDE, SIDE)),
+            "pictures become 5 views, onnx/vision_encoder.onnx takes 2",
+        ),
+        (lambda m: replace(m, image={**m.image, "split": None}), "pictures become 1 views, .* takes 5"),
+    ],
+    ids=["no cache", "no fusion", "cache shape", "views", "split"],
+)
+def test_a_fused_bundle_whose_parts_disagree_is_refused(
+    tmp_path: Path, change: Callable[[Manifest], Manifest], words: str
+) -> None:
+    broken = write_bundle(tmp_path / "fused", fused=True)
+    write_manifest(broken.root, change(broken.manifest))
+    write_sums(broken.root)
+    with pytest.raises(IntegrityError, match=words):
+        open_bundle(broken.root)
+
+
+@pytest.mark.parametrize("kept", ["part", "field"])
+def test_a_part_fusion_and_its_field_come_together(tmp_path: Path, kept: str) -> None:
+    broken = write_bundle(tmp_path / "fused", fused=True)
+    manifest = json.loads((broken.root / "edgevlm.json").read_text())
+    if kept == "part":
+        manifest["fusion"] = None
+    else:
+        manifest["parts"] = [part for part in manifest["parts"] if part["part"] != "fusion"]
+        del manifest["file_bytes"]["onnx/fusion.onnx"]
+    (broken.root / "edgevlm.json").write_text(json.dumps(manifest))
+    write_sums(broken.root)
+    with pytest.raises(IntegrityError, match=f"belong together; found only the {kept}"):
+        open_bundle(broken.root)
+
+
 def test_of_several_precisions_the_first_is_the_one_that_runs_and_is_told(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "tiny")
     others = tuple(replace(part, precision="int8") for part in bundle.manifest.parts)
@@ -540,6 +697,24 @@ def test_run_with_json_prints_one_object(bundle: Bundle, picture: Path) -> None:
     assert code == 0
     assert (len(answer["token_ids"]), answer["finish_reason"]) == (5, "length")
     assert answer["timings"]["ttft_user_ms"] > 0
+
+
+def test_run_answers_about_the_frames_of_a_video(fused_bundle: Bundle, picture: Path) -> None:
+    frames = ["--frames", str(picture), "--frames", str(picture)]
+    code, out, _ = run(fused_bundle, *frames, "--prompt", "Hello", "--max-tokens", "5", "--json")
+    assert (code, json.loads(out)["num_vision_tokens"]) == (0, 2 * N)
+
+
+def test_run_takes_a_picture_or_frames_not_both(fused_bundle: Bundle, picture: Path) -> None:
+    code, out, err = run(fused_bundle, "--frames", str(picture), "--image", str(picture), "--prompt", "Hello")
+    assert (code, out) == (2, "")
+    assert "--image and --frames are both given" in err
+
+
+def test_run_refuses_frames_for_a_model_that_reads_no_video(bundle: Bundle, picture: Path) -> None:
+    code, out, err = run(bundle, "--frames", str(picture), "--prompt", "Hello")
+    assert (code, out) == (3, "")
+    assert "reads pictures, not videos" in err
 
 
 def test_run_with_json_needs_a_prompt(bundle: Bundle) -> None:

@@ -32,10 +32,15 @@ class TimedVlm:
         self.times: Iterator[float] = chain(first_ms, repeat(first_ms[-1]))
         self.tokens, self.cached = tokens, cached
         self.asked: list[tuple[Any, str, bool]] = []
-        self.processor = SimpleNamespace(image_spec=SimpleNamespace(height=32, width=32), input_ids=self.count_words)
+        self.processor = SimpleNamespace(
+            image_spec=SimpleNamespace(height=32, width=32, split=None),
+            prepare=lambda image: SimpleNamespace(grid=(1, 2) if min(image.shape[:2]) == 32 else (9, 9)),
+            input_ids=self.count_words,
+        )
 
-    def count_words(self, messages: Any) -> list[int]:
-        return [0] * (8 + len(messages[0]["content"][1]["text"].split()))
+    def count_words(self, messages: Any, grids: Any) -> list[int]:
+        num_tiles = sum(rows * columns for rows, columns in grids)
+        return [0] * (8 * num_tiles + len(messages[0]["content"][1]["text"].split()))
 
     def ask(self, image: Any, prompt: str, *, max_tokens: int, use_image_cache: bool, ignore_eos: bool) -> Answer:
         self.asked.append((image, prompt, use_image_cache))
@@ -193,10 +198,18 @@ def test_a_prompt_is_lengthened_to_the_asked_number_of_tokens() -> None:
     assert prompt_of_length(vlm, 11) == "Describe the picture."
 
 
+def test_a_prompt_is_lengthened_with_the_tiles_of_a_scene_in_mind() -> None:
+    vlm: Any = TimedVlm()
+    vlm.processor.image_spec.split = "tiles"
+    assert len(prompt_of_length(vlm, 20).split()) == 4
+    with pytest.raises(UsageError, match=r"needs 19 .* holds 64"):
+        prompt_of_length(vlm, 18)
+
+
 def test_a_prompt_is_filled_with_words_that_cost_one_token() -> None:
     vlm: Any = TimedVlm()
     costs = {"again": 5, "the": 3, "is": 1}
-    vlm.processor.input_ids = lambda messages: [
+    vlm.processor.input_ids = lambda messages, grids: [
         0 for word in messages[0]["content"][1]["text"].split() for _ in range(costs.get(word, 2))
     ]
     assert prompt_of_length(vlm, 10) == "Describe the picture." + " is" * 3

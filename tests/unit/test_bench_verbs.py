@@ -27,8 +27,8 @@ class SteadyVlm:
     def __init__(self) -> None:
         self.prompts: list[str] = []
         self.processor = SimpleNamespace(
-            image_spec=SimpleNamespace(height=32, width=32),
-            input_ids=lambda messages: messages[0]["content"][1]["text"].split(),
+            image_spec=SimpleNamespace(height=32, width=32, split=None),
+            input_ids=lambda messages, grids: messages[0]["content"][1]["text"].split(),
         )
 
     def __enter__(self) -> SteadyVlm:

@@ -7,7 +7,8 @@ import torch
 
 from edgevlm.core.errors import ConfigError
 from edgevlm.models.projectors.mlp import AveragePool, SpaceToDepth
-from edgevlm.models.vision.hybrid import HybridEncoder, reparameterize
+from edgevlm.models.vision.hybrid import HybridEncoder
+from edgevlm.models.vision.reparameterize import reparameterize
 from edgevlm.shapes.config import HybridConfig, PoolConfig, VitConfig, VlmConfig
 
 CONFIG = HybridConfig(image_size=64, widths=(16, 32, 64), depths=(1, 2, 1))
@@ -67,9 +68,9 @@ def test_a_grid_that_does_not_divide_is_refused(reducer: torch.nn.Module) -> Non
 def test_configs_refuse_what_cannot_be_built() -> None:
     with pytest.raises(ConfigError, match="not a multiple of the encoder's stride 16"):
         HybridConfig(image_size=60)
-    with pytest.raises(ConfigError, match="not a multiple of patch_size"):
+    with pytest.raises(ConfigError, match="smaller than patch_size"):
         VitConfig(
-            image_size=30,
+            image_size=6,
             patch_size=8,
             hidden_size=8,
             intermediate_size=8,

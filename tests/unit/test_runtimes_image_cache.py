@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 
 from edgevlm.core.errors import ConfigError, EdgeVLMError
-from edgevlm.runtimes.image_cache import ImageCache, Picture
+from edgevlm.processing.picture import Picture
+from edgevlm.runtimes.image_cache import ImageCache
 from edgevlm.runtimes.prompt_rows import PromptRows, common_prefix
-from edgevlm.runtimes.session import Float
+from edgevlm.runtimes.session import Float, ImageFeatures
 
 IMAGE = 99
 
 
-def features(value: float, num_tokens: int = 2) -> Float:
+def features(value: float) -> ImageFeatures:
+    return ImageFeatures(vision(value))
+
+
+def vision(value: float, num_tokens: int = 2) -> Float:
     return np.full((1, num_tokens, 3), value, np.float32)
 
 
@@ -22,8 +27,13 @@ def picture(value: float) -> Picture:
 
 
 def prompt(*ids: int, pictures: tuple[Picture, ...] = ()) -> PromptRows:
+    return sized(*ids, pictures=pictures, counts=(2,) * len(pictures))
+
+
+def sized(*ids: int, pictures: tuple[Picture, ...], counts: tuple[int, ...]) -> PromptRows:
+    """A prompt whose pictures have different numbers of vision tokens."""
     array = np.array(ids, np.int64)
-    return PromptRows(array, np.flatnonzero(array == IMAGE), pictures)
+    return PromptRows(ids=array, positions=np.flatnonzero(array == IMAGE), pictures=pictures, counts=counts)
 
 
 def test_the_image_unused_for_longest_goes_first() -> None:
@@ -59,7 +69,7 @@ def test_the_same_ids_with_another_picture_are_other_rows() -> None:
 def test_features_of_several_pictures_go_to_their_places_in_order() -> None:
     rows = prompt(1, IMAGE, IMAGE, 2, IMAGE, IMAGE, pictures=(picture(0.1), picture(0.2)))
     embeds = np.zeros((1, 6, 3), np.float32)
-    rows.place([features(10), features(20)], embeds, 0)
+    rows.place([vision(10), vision(20)], embeds, 0)
     assert embeds[0, :, 0].tolist() == [0, 10, 10, 0, 20, 20]
 
 
@@ -67,9 +77,33 @@ def test_features_of_several_pictures_go_to_their_places_in_order() -> None:
 def test_a_picture_is_needed_while_one_of_its_rows_is(start: int, num_pictures: int) -> None:
     rows = prompt(1, IMAGE, IMAGE, 2, IMAGE, IMAGE, pictures=(picture(0.1), picture(0.2)))
     embeds = np.zeros((1, 6 - start, 3), np.float32)
-    rows.place([features(7)] * len(rows.pictures_after(start)), embeds, start)
+    rows.place([vision(7)] * len(rows.pictures_after(start)), embeds, start)
     assert len(rows.pictures_after(start)) == num_pictures
     assert embeds[0, :, 0].tolist() == [0, 7, 7, 0, 7, 7][start:]
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0, [1, 1, 0, 2, 2, 2]), (1, [1, 0, 2, 2, 2]), (4, [2, 2])])
+def test_pictures_of_different_sizes_each_fill_their_own_places(start: int, expected: list[int]) -> None:
+    rows = sized(*[IMAGE] * 2, 1, *[IMAGE] * 3, pictures=(picture(0.1), picture(0.2)), counts=(2, 3))
+    tokens = {picture(0.1).key: vision(1, 2), picture(0.2).key: vision(2, 3)}
+    embeds = np.zeros((1, 6 - start, 3), np.float32)
+    rows.place([tokens[one.key] for one in rows.pictures_after(start)], embeds, start)
+    assert embeds[0, :, 0].tolist() == expected
+
+
+def test_vision_tokens_are_numbered_within_their_picture() -> None:
+    one, two = picture(0.1), picture(0.2)
+    rows = sized(IMAGE, *[IMAGE] * 2, 5, pictures=(one, two), counts=(1, 2)).rows()
+    assert rows == [(one.key, 0), (two.key, 0), (two.key, 1), 5]
+
+
+def test_the_placeholders_id_is_never_embedded() -> None:
+    assert prompt(1, IMAGE, IMAGE, 2, pictures=(picture(0.1),)).ids_to_embed().tolist() == [1, 0, 0, 2]
+
+
+def test_counts_that_do_not_fill_the_places_are_refused() -> None:
+    with pytest.raises(EdgeVLMError, match="2 places for the vision tokens of 1 images, which have 3"):
+        sized(IMAGE, IMAGE, pictures=(picture(0.1),), counts=(3,))
 
 
 def test_text_ids_leave_the_pictures_out() -> None:
@@ -84,4 +118,4 @@ def test_places_without_a_picture_are_refused() -> None:
 def test_an_encoder_with_another_number_of_tokens_is_refused() -> None:
     rows = prompt(IMAGE, IMAGE, pictures=(picture(0.1),))
     with pytest.raises(EdgeVLMError, match="3 vision tokens for 2 places"):
-        rows.place([features(1, num_tokens=3)], np.zeros((1, 2, 3), np.float32), 0)
+        rows.place([vision(1, num_tokens=3)], np.zeros((1, 2, 3), np.float32), 0)

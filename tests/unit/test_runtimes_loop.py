@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgevlm.runtimes.loop import generate
-from edgevlm.runtimes.session import Float, Ints
+from edgevlm.runtimes.session import Float, ImageFeatures, Ints
 
 STOP = 9
 
@@ -18,7 +18,10 @@ class ScriptedSession:
         self.script, self.fed = script, list[int]()
         self.position, self.max_context = 0, 100
 
-    def encode(self, pixel_values: Float) -> Float:
+    def encode(self, pixel_values: Float) -> ImageFeatures:
+        raise NotImplementedError
+
+    def fuse(self, features: ImageFeatures, inputs_embeds: Float) -> Float:
         raise NotImplementedError
 
     def embed(self, input_ids: Ints) -> Float:

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 
-from edgevlm.core.errors import ConfigError, DoesNotFitError, InputError, UsageError
+from edgevlm.core.errors import ConfigError, DoesNotFitError, InputError, UnsupportedError, UsageError
 from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import Processor, PromptSpec
 from edgevlm.processing.tokenizer import Tokenizer
 from edgevlm.runtimes.sampling import Sampling
-from edgevlm.runtimes.session import Float, Ints
+from edgevlm.runtimes.session import Float, ImageFeatures, Ints
 from edgevlm.runtimes.vlm import RuntimeVlm
 
 SPECIAL = ["<image>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -48,10 +48,13 @@ class CountingSession:
     def position(self) -> int:
         return len(self.rows)
 
-    def encode(self, pixel_values: Float) -> Float:
+    def encode(self, pixel_values: Float) -> ImageFeatures:
         self.num_encoded += 1
         index = np.arange(NUM_VISION_TOKENS, dtype=np.float32)
-        return np.tile(index[None, :, None], (1, 1, 2)) + pixel_values.mean(dtype=np.float32)
+        return ImageFeatures(np.tile(index[None, :, None], (1, 1, 2)) + pixel_values.mean(dtype=np.float32))
+
+    def fuse(self, features: ImageFeatures, inputs_embeds: Float) -> Float:
+        raise UnsupportedError("no pre-fusion")
 
     def embed(self, input_ids: Ints) -> Float:
         return np.stack([input_ids, -input_ids], axis=-1).astype(np.float32)

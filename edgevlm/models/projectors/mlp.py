@@ -24,11 +24,12 @@ def make_projector(config: VlmConfig) -> nn.Sequential:
         reducer, features = SpaceToDepth(projector.factor), features * projector.factor**2
     elif isinstance(projector, PoolConfig):
         reducer = AveragePool(projector.factor)
+    last = (nn.GELU(),) if isinstance(projector, MlpConfig) and projector.final_gelu else ()
     if projector.num_layers == 1:
-        return nn.Sequential(reducer, nn.Linear(features, width, bias=projector.bias))
+        return nn.Sequential(reducer, nn.Linear(features, width, bias=projector.bias), *last)
     inner = projector.hidden_size or width
     first, second = nn.Linear(features, inner, bias=projector.bias), nn.Linear(inner, width, bias=projector.bias)
-    return nn.Sequential(reducer, first, nn.GELU(), second)
+    return nn.Sequential(reducer, first, nn.GELU(), second, *last)
 
 
 class SpaceToDepth(nn.Module):

@@ -8,17 +8,13 @@ further.
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgevlm.models.vision.reparameterize import replace_children
 from edgevlm.models.vision.vit import SelfAttention
 from edgevlm.shapes.config import HybridConfig
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class HybridEncoder(nn.Module):
@@ -42,7 +38,7 @@ class HybridEncoder(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(widths[-1])
         if config.reparameterized:
-            _fold_children(self)
+            replace_children(self, "fold")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.norm(self.stages(self.stem(pixel_values)).flatten(2).transpose(1, 2))
@@ -149,18 +145,3 @@ class ConvNorm(nn.Module):
             assert conv.bias is not None
             conv.bias.copy_(norm.bias - norm.running_mean * scale)
         return conv
-
-
-def reparameterize(module: Module) -> Module:
-    """A copy of ``module`` in inference form: batch norms and mixer residuals folded into convolutions."""
-    folded = copy.deepcopy(module)
-    _fold_children(folded)
-    return folded.eval()
-
-
-def _fold_children(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, (Mixer, ConvNorm)):
-            setattr(module, name, child.fold())
-        else:
-            _fold_children(child)

@@ -1,0 +1,20 @@
+"""What can be asked about besides a single picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgevlm.core.errors import InputError
+from edgevlm.processing.images import ImageSource
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Video:
+    """Pictures in the order of time, sampled already (one per second is what models are trained with)."""
+
+    frames: Sequence[ImageSource]
+
+    def __post_init__(self) -> None:
+        if not len(self.frames):
+            raise InputError("the video has no frames: give at least one picture")
