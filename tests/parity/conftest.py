@@ -19,10 +19,11 @@ def spread_out() -> Spread:
     @torch.no_grad()
     def fill(model: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.copy_(noise * fan_in**-0.5 if parameter.dim() > 1 else parameter + 0.2 * noise)
+            fresh = parameter.dim() > 1 or name.endswith("embedding")  # the others begin as 0 or 1 and stay near it
+            parameter.copy_(noise * fan_in**-0.5 if fresh else parameter + 0.2 * noise)
         return model.eval()
 
     return fill

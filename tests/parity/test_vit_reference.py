@@ -122,7 +122,7 @@ def test_a_layer_that_does_not_exist_is_named(layer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"num_hidden_layers": "many"}, {"image_size": [32, 32]}, {"patch_size": 50}, {"num_attention_heads": 7}]
+    "values", [{"num_hidden_layers": "many"}, {"image_size": [32, 32]}, {"patch_size": 500}, {"num_attention_heads": 7}]
 )
 def test_wrong_sizes_are_named(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values)).removeprefix("num_attention_")):
