@@ -15,9 +15,23 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and our subprocesses do not mix
 
+
+def _lacks_operators(package: str) -> bool:
+    """Whether ``package`` is installed, but was compiled for another PyTorch."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        for library in Path(spec.origin).parent.glob("_C.*"):
+            torch.ops.load_library(library)
+    except OSError:
+        return True
+    return not hasattr(getattr(torch.ops, package), "nms")
+
+
 # A torchvision built for CUDA beside a CPU PyTorch does not import, and then neither do timm and transformers'
 # models: its two compiled operators are missing.  Nothing here calls them, so their signatures are enough.
-if importlib.util.find_spec("torchvision"):
+if _lacks_operators("torchvision"):
     TORCHVISION_OPERATORS = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         TORCHVISION_OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -96,10 +96,11 @@ class FusionShape:
 class Manifest:
     """The whole of ``edgevlm.json``.
 
-    ``image`` and ``prompt`` are the plain mappings of the image and prompt specifications; ``file_bytes`` is
-    the length of each part's files, which ``write_manifest`` fills in.  Where a part stands in several
-    precisions for one target, the first is the default.  ``num_vision_tokens`` counts one picture, or one tile
-    of it.  ``fusion`` and a part ``fusion`` come together or not at all.
+    ``image``, ``prompt`` and ``model`` are the plain mappings of the image and prompt specifications and of the
+    config that the graphs were made from (empty in older bundles); ``file_bytes`` is the length of each part's
+    files, which ``write_manifest`` fills in.  Where a part stands in several precisions for one target, the first
+    is the default.  ``num_vision_tokens`` counts one picture, or one tile of it.  ``fusion`` and a part ``fusion``
+    come together or not at all.
     """
 
     schema: int = SCHEMA_VERSION
@@ -112,6 +113,7 @@ class Manifest:
     decoder: DecoderShape
     max_context: int
     fusion: FusionShape | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     suite: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     file_bytes: dict[str, int] = field(default_factory=dict)

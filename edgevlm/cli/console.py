@@ -80,18 +80,21 @@ def progress(description: str, total: int | None = None) -> Iterator[Advance]:
 
 @contextmanager
 def steps(description: str, names: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """Progress over named steps: yields ``begin(name)``, to be called as each begins."""
+    """Progress over named steps: yields ``begin(name)``, to be called as each begins; some may be left out."""
     with progress(description, len(names)) as advance:
-        began: list[str] = []
+        done = 0
+
+        def advance_to(position: int) -> None:
+            nonlocal done
+            advance(position - done)
+            done = position
 
         def begin(name: str) -> None:
-            if began:
-                advance(1)
-            began.append(name)
+            advance_to(names.index(name))
             say(f"  {name}")
 
         yield begin
-        advance(1)
+        advance_to(len(names))
 
 
 @contextmanager

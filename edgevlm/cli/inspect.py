@@ -23,18 +23,24 @@ def command(
         typer.Option("--image-size", min=1, help="Pixels a side, where the encoder takes others than its own."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=0, help="Text tokens of the prompt.")] = 43,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; also owner/name@revision.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Take a hub id from the cache, ask no network.")] = False,
     json: Json = False,
 ) -> None:
     """Show parts, parameters, operations, bytes and vision tokens of MODEL without loading its weights."""
     from edgevlm.export import TARGETS
-    from edgevlm.families.card import make_card
+    from edgevlm.families.card import bundle_card, make_card
     from edgevlm.families.folder import ModelFolder
+    from edgevlm.families.hub import find_model
 
-    bundle = _bundle(model)
-    if bundle is not None and image_size is None:
-        image_size = bundle.manifest.image.get("height")
-    folder = ModelFolder(_folder(model) if bundle is None else bundle.root)
-    card = make_card(folder, image_size=image_size, prompt_tokens=prompt_tokens)
+    bundle = _bundle(model) if revision is None else None
+    if bundle is not None:
+        card = bundle_card(bundle, image_size=image_size, prompt_tokens=prompt_tokens)
+    else:
+        found = find_model(model, revision=revision, offline=offline, weights=False)
+        card = make_card(ModelFolder(found.folder), name=found.name, image_size=image_size, prompt_tokens=prompt_tokens)
     if json:
         files = bundle.manifest.parts if bundle else ()
         print_json({**asdict(card), "targets": list(TARGETS), "bundle": [asdict(part) for part in files]})
@@ -94,10 +100,3 @@ def _bundle(model: str) -> Bundle | None:
     from edgevlm.bundle.read import read_bundle
 
     return read_bundle(Path(model), check=False) if (Path(model) / MANIFEST_FILE).is_file() else None
-
-
-def _folder(model: str) -> Path:
-    """The folder with the configs; of a repository on the hub nothing else is fetched."""
-    from edgevlm.families.hub import find_model
-
-    return find_model(model, weights=False).folder

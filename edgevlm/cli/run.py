@@ -27,7 +27,9 @@ HELP = "/image PATH adds a picture to the next question, /reset forgets all, /qu
 def command(
     bundle: Annotated[str, typer.Argument(help="Folder that `edgevlm export` wrote, or a shipped name.")],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
-    frames: Annotated[list[Path] | None, typer.Option(help="A picture of a video, in order; repeatable.")] = None,
+    frames: Annotated[
+        list[Path] | None, typer.Option(help="A picture of a video, one a second, in order; repeatable.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question; a chat without.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = MAX_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,

@@ -29,7 +29,7 @@ def from_mapping(kind: type[C], values: Mapping[str, Any], *, strict: bool, wher
     ignored otherwise; what the dataclass itself refuses is told with ``where`` in front.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a table for {kind.__name__}, found {_shown(values)}")
+        raise ConfigError(f"{where}: expected a table for {kind.__name__}, found {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cast(Any, kind)) if field.init}
     if strict:
         _refuse_unknown(values, list(fields), where)
@@ -112,7 +112,16 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if callable(numbers := getattr(value, "tolist", None)):  # NumPy, which this room does not import
         return to_plain(numbers())
-    raise TypeError(f"{type(value).__name__} has no JSON form: {_shown(value)}")
+    raise TypeError(f"{type(value).__name__} has no JSON form: {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """``repr``, cut: a message stays one readable line, whatever a file holds."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of more digits than Python writes
+        text = f"a {type(value).__name__} too large to write"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -167,7 +176,7 @@ def _convert_union(choices: tuple[Any, ...], value: Any, strict: bool, where: st
         raise errors[others[0]]
     if isinstance(value, Mapping) and len(tables) == 1:
         raise tables[0]
-    raise ConfigError(f"{where} must be {' or '.join(map(_hint_name, others))}; found {_shown(value)}")
+    raise ConfigError(f"{where} must be {' or '.join(map(_hint_name, others))}; found {shown(value)}")
 
 
 def _is_tagged(kind: Any, value: Any) -> bool:
@@ -179,13 +188,13 @@ def _is_tagged(kind: Any, value: Any) -> bool:
 
 def _convert_literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ConfigError(f"{where} must be one of {', '.join(map(str, choices))}; found {_shown(value)}")
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, choices))}; found {shown(value)}")
     return value
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, strict: bool, where: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where} must be a list; found {_shown(value)}")
+        raise ConfigError(f"{where} must be a list; found {shown(value)}")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
@@ -198,7 +207,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, strict: bool, where: 
 
 def _convert_mapping(arguments: tuple[Any, ...], value: Any, strict: bool, where: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must be a table; found {_shown(value)}")
+        raise ConfigError(f"{where} must be a table; found {shown(value)}")
     key_hint, item_hint = arguments
     converted = {}
     for key, item in value.items():
@@ -211,15 +220,9 @@ def _check(hint: type[Any], value: Any, where: str) -> Any:
     if hint is float and type(value) is int and value.bit_length() < 1024:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be {_hint_name(hint)}; found {_shown(value)}")
+        raise ConfigError(f"{where} must be {_hint_name(hint)}; found {shown(value)}")
     return value
 
 
 def _hint_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint)
-
-
-def _shown(value: object) -> str:
-    """``repr``, cut: a message stays one readable line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

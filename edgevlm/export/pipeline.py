@@ -12,7 +12,7 @@ from pathlib import Path
 from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, Manifest, PartFile
 from edgevlm.bundle.paths import MANIFEST_FILE
 from edgevlm.bundle.write import write_manifest, write_sums
-from edgevlm.core.config import to_json
+from edgevlm.core.config import to_json, to_plain
 from edgevlm.core.errors import DISK_FULL, DoesNotFitError, ParityError
 from edgevlm.core.files import atomic_directory, write_text
 from edgevlm.export import TARGETS
@@ -29,9 +29,9 @@ from edgevlm.verify import golden, verify_bundle
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("load", "vision_encoder", "embed_tokens", "decoder_model_merged", "golden", "verify")
+STEPS = ("load", "vision_encoder", "fusion", "embed_tokens", "decoder_model_merged", "golden", "verify")
 
-Report = Callable[[str], None]  # told the name of each of STEPS as it begins
+Report = Callable[[str], None]  # told the name of each of STEPS as it begins; fusion only where the model has one
 
 
 def export_bundle(
@@ -165,6 +165,7 @@ def _manifest(checkpoint: Checkpoint, parts: list[PartFile], licence: Licence | 
             vocab_size=config.decoder.vocab_size,
         ),
         fusion=fusion_shape(config),
+        model=to_plain(config),
         max_context=checkpoint.max_context,
         suite=checkpoint.suite,
         provenance=provenance(checkpoint, licence),

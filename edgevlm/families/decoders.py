@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.core.config import from_mapping
+from edgevlm.core.config import from_mapping, shown
 from edgevlm.core.errors import ConfigError, UnsupportedError
-from edgevlm.core.registry import unknown_name
 from edgevlm.families.family import NOT_NEEDED, Placement, Placements
+from edgevlm.families.values import known_name, require, table
 from edgevlm.shapes.config import DecoderConfig
 
 _ALL = {
@@ -51,21 +51,32 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"attention_bias": True, "output_bias": False},
     "qwen3": {"qk_norm": True},
 }
+EXPECTED: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "mlp_bias": (False, None)}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def decoder_config(values: Mapping[str, Any], kind: str, *, where: str) -> DecoderConfig:
+def text_decoder(values: Mapping[str, Any], *, kind: str, where: str) -> DecoderConfig:
+    """The decoder that ``text_config`` describes, of ``kind`` where it names none; either table may tie the head.
+
+    Raises what ``decoder_config`` raises.
+    """
+    text = table(values, "text_config", where=where) if values.get("text_config") else {}
+    tied = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    given = {**text, "tie_word_embeddings": tied}
+    return decoder_config(given, text.get("model_type", kind), where=f"{where}: text_config")
+
+
+def decoder_config(values: Mapping[str, Any], kind: object, *, where: str) -> DecoderConfig:
     """The decoder that transformers' config ``values`` of model type ``kind`` describes.
 
     Where attention would look back no further than a window, the context ends with the window: within it nothing
     differs.  Raises UnsupportedError for a kind or a setting that we do not have, ConfigError for wrong values.
     """
-    if kind not in DEFAULTS:
-        raise UnsupportedError(f"{where}: " + unknown_name("decoder", kind, list(DEFAULTS)))
+    kind = known_name("decoder", kind, DEFAULTS, where=where)
     stated = {name: value for name, value in values.items() if value is not None or name == "sliding_window"}
     biases = {"output_bias": stated.get("attention_bias", False)}  # the setting is for all four; Qwen2 has three
     given = {**DEFAULTS[kind], **stated, **biases, **FIXED[kind]}
-    _refuse(given, where)
+    require(given, EXPECTED, where=where)
     given = {**_derived(given), **given, **_rotary(values, where), **_context(given)}
     return from_mapping(DecoderConfig, given, strict=False, where=where)
 
@@ -106,22 +117,13 @@ def _rotary(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, which transformers 5 writes as ``rope_parameters``."""
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(table := values.get(name) or {}, Mapping):
-            raise ConfigError(f"{where}: {name} is {table!r}; expected a table")
-        rope |= table
+        rope |= table(values, name, where=where) if values.get(name) else {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if kind == "default":
         return {**theta, "rope_scaling": None}
     if kind != "llama3":
-        raise UnsupportedError(f"{where}: rotary positions of type {kind!r}; known: default, llama3")
+        raise UnsupportedError(f"{where}: rotary positions of type {shown(kind)}; known: default, llama3")
     if missing := [name for name in LLAMA3 if name not in rope]:
         raise ConfigError(f"{where}: rope_scaling of type 'llama3' lacks {', '.join(missing)}")
     return {**theta, "rope_scaling": {name: rope[name] for name in LLAMA3}}
-
-
-def _refuse(values: Mapping[str, Any], where: str) -> None:
-    if values.get("mlp_bias"):
-        raise UnsupportedError(f"{where}: mlp_bias is {values['mlp_bias']!r}; biases in the MLP are not supported")
-    if values["hidden_act"] != "silu":
-        raise UnsupportedError(f"{where}: hidden_act {values['hidden_act']!r}; these decoders use 'silu'")

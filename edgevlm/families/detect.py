@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from edgevlm.core.errors import UnsupportedError
 from edgevlm.families import FAMILIES
 from edgevlm.families.family import Family
 from edgevlm.families.folder import ModelFolder
+from edgevlm.families.values import known_name
+
+QUERIES = "model.query_abstractor."  # in the weights of an MQT
 
 
 def family_of(folder: ModelFolder) -> Family:
     """The family that config.json names, or that its keys tell.  Raises UnsupportedError for an unknown one."""
-    return FAMILIES[model_type(folder)]
+    return FAMILIES[known_name("model family", model_type(folder), FAMILIES, where=str(folder.path / "config.json"))]
 
 
 def model_type(folder: ModelFolder) -> str:
@@ -22,19 +23,20 @@ def model_type(folder: ModelFolder) -> str:
     if found is None and "vit_model_type" in config:
         return "nanovlm"
     if isinstance(found, str) and found.startswith("llava"):
-        return _kind_of_llava(found, config.keys())
+        return _kind_of_llava(found, folder)
     if not isinstance(found, str):
         raise UnsupportedError(f"{folder.path / 'config.json'} names no model_type; known: {', '.join(FAMILIES)}")
     return found
 
 
-def _kind_of_llava(found: str, keys: Collection[str]) -> str:
+def _kind_of_llava(found: str, folder: ModelFolder) -> str:
     """The original project and its children wrote ``llava``, too; ``mm_vision_tower`` is a key of theirs alone.
 
-    ``num_visual_tokens`` is the budget of a Matryoshka Query Transformer, whose ``model_type`` is its parent's.
+    A Matryoshka Query Transformer, whose ``model_type`` is its parent's, has a budget ``num_visual_tokens`` in its
+    config, or at least learned queries among its weights.
     """
-    if "num_visual_tokens" in keys and "mm_vision_tower" in keys:
+    if "mm_vision_tower" not in folder.config:
+        return found
+    if "num_visual_tokens" in folder.config or any(name.startswith(QUERIES) for name in folder.tensor_names):
         return "mqt"
-    if found == "llava" and "mm_vision_tower" in keys:
-        return "llava_llama"
-    return found
+    return "llava_llama" if found == "llava" else found

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.core.config import from_mapping
+from edgevlm.core.config import from_mapping, shown
 from edgevlm.core.errors import ConfigError, UnsupportedError
-from edgevlm.core.registry import unknown_name
 from edgevlm.families.family import NOT_NEEDED, Placement, Placements
+from edgevlm.families.values import known_name, require
 from edgevlm.shapes.config import VitConfig
 
 _ALL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -45,21 +45,19 @@ RENAMED = {
     "post_layernorm.bias": "post_layernorm.bias",
 }
 UNUSED = ("embeddings.position_ids", "head.")  # counted, not stored; SigLIP's pooled feature
-LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"encoder\.layers\.(\d{1,9})\.(.+)")
 
 
-def vision_config(values: Mapping[str, Any], kind: str, *, feature_layer: int | None, where: str) -> VitConfig:
+def vision_config(values: Mapping[str, Any], kind: object, *, feature_layer: int | None, where: str) -> VitConfig:
     """The encoder that transformers' config ``values`` of model type ``kind`` describes, as far as it is needed.
 
     ``feature_layer`` counts as in transformers' ``hidden_states``: 0 is what enters the first block, -1 what leaves
     the last one, both without the norm that follows.  None is ``last_hidden_state``, for which SigLIP applies it.
     Raises UnsupportedError for another kind or activation, ConfigError for wrong values.
     """
-    if kind not in DEFAULTS:
-        raise UnsupportedError(f"{where}: " + unknown_name("vision encoder", kind, list(DEFAULTS)))
+    kind = known_name("vision encoder", kind, DEFAULTS, where=where)
     given = {**DEFAULTS[kind], **{name: value for name, value in values.items() if value is not None}}
-    if given["hidden_act"] not in ACTIVATIONS:
-        raise UnsupportedError(f"{where}: hidden_act {given['hidden_act']!r}; known: {', '.join(ACTIVATIONS)}")
+    require(given, {"hidden_act": ACTIVATIONS}, where=where)
     given["num_hidden_layers"] = num_blocks(given["num_hidden_layers"], feature_layer, where=where)
     given["post_layernorm"] = feature_layer is None and kind == "siglip_vision_model"
     return from_mapping(VitConfig, given, strict=False, where=where)
@@ -70,11 +68,12 @@ def num_blocks(depth: int, feature_layer: int | None, *, where: str) -> int:
     if feature_layer is None or not isinstance(depth, int):  # what is no number, the config itself refuses
         return depth
     if isinstance(feature_layer, bool) or not isinstance(feature_layer, int):
-        raise UnsupportedError(f"{where}: features of several layers ({feature_layer}); expected one number")
+        raise UnsupportedError(f"{where}: features of several layers ({shown(feature_layer)}); expected one number")
     blocks = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
     if not 1 <= blocks <= depth:
         raise ConfigError(
-            f"{where}: feature layer {feature_layer} of {depth} blocks; expected {-depth} to {depth}, not 0"
+            f"{where}: feature layer {shown(feature_layer)} of {shown(depth)} blocks; "
+            f"expected {shown(-depth)} to {shown(depth)}, not 0"
         )
     return blocks
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.core.config import from_mapping
-from edgevlm.core.errors import ConfigError, UnsupportedError
-from edgevlm.core.registry import unknown_name
-from edgevlm.families.decoders import decoder_config, place_decoder
+from edgevlm.core.errors import UnsupportedError
+from edgevlm.families.decoders import place_decoder, text_decoder
 from edgevlm.families.family import Family, Placement, Placements
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.reading import read_image_spec, read_stop_ids, read_template, read_tokenizer
 from edgevlm.families.templates import AS_PARTS
+from edgevlm.families.values import known_name, require, table
 from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import Processor, PromptSpec
@@ -47,11 +47,11 @@ PROJECTOR: Mapping[str, str] = {
     for theirs, ours in (("linear_1", 1), ("linear_2", 3))
     for kind in ("weight", "bias")
 }
-# Settings that transformers' class allows one value of, and what it is where the file leaves them out.
-ONLY: Mapping[str, Any] = {
-    "projector_hidden_act": "gelu",
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "full",
+# Settings that transformers' class allows one value of.
+EXPECTED: Mapping[str, tuple[Any, ...]] = {
+    "projector_hidden_act": ("gelu", None),
+    "vision_feature_layer": (-1, None),
+    "vision_feature_select_strategy": ("full", None),
 }
 MODEL_ARGS: Mapping[str, str] = {"inference_mode": "reparameterized", "layers": "depths", "embed_dims": "widths"}
 
@@ -59,17 +59,12 @@ MODEL_ARGS: Mapping[str, str] = {"inference_mode": "reparameterized", "layers": 
 def config(folder: ModelFolder) -> VlmConfig:
     """The model that config.json describes, at the image size of preprocessor_config.json."""
     values, where = folder.config, str(folder.path / "config.json")
-    for name, only in ONLY.items():
-        if values.get(name, only) != only:
-            raise UnsupportedError(f"{where}: {name} is {values[name]!r}; expected {only!r}")
-    text = _table(values, "text_config", where)
-    tied = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    require(values, EXPECTED, where=where)
+    table(values, "text_config", where=where)
     return VlmConfig(
-        vision=_vision(_table(values, "vision_config", where), _image_size(folder), f"{where}: vision_config"),
+        vision=_vision(table(values, "vision_config", where=where), _image_size(folder), f"{where}: vision_config"),
         projector=MlpConfig(bias=bool(values.get("multimodal_projector_bias", True))),
-        decoder=decoder_config(
-            {**text, "tie_word_embeddings": tied}, str(text.get("model_type", "qwen2")), where=f"{where}: text_config"
-        ),
+        decoder=text_decoder(values, kind="qwen2", where=where),
         model_type="fast_vlm",
     )
 
@@ -86,7 +81,7 @@ def make_processor(folder: ModelFolder, config: VlmConfig, image_spec: ImageSpec
     prompt_spec = PromptSpec(
         image_token=IMAGE_TOKEN,
         num_vision_tokens=config.num_vision_tokens,
-        stop_token_ids=tuple(dict.fromkeys((tokenizer.token_id(END_OF_TURN), *read_stop_ids(folder, tokenizer)))),
+        stop_token_ids=read_stop_ids(folder, tokenizer, known=(END_OF_TURN,)),
     )
     return Processor(image_spec=image_spec, prompt_spec=prompt_spec, tokenizer=tokenizer, template=template)
 
@@ -120,23 +115,14 @@ def _image_size(folder: ModelFolder) -> int:
 
 def _vision(values: Mapping[str, Any], image_size: int, where: str) -> FastVitConfig:
     """timm's architecture and the arguments that change it.  Raises UnsupportedError for others than FastViT's MCi."""
-    name = str(values.get("architecture", "fastvit_mci3")).split(".")[0]
-    if name not in MCI:
-        raise UnsupportedError(f"{where}: " + unknown_name("architecture", name, list(MCI)))
-    arguments = values.get("model_args") or {}
+    architecture = values.get("architecture", "fastvit_mci3")
+    plain = architecture.split(".")[0] if isinstance(architecture, str) else architecture
+    name = known_name("architecture", plain, MCI, where=where)
+    arguments = table(values, "model_args", where=where) if values.get("model_args") else {}
     changes: dict[str, Any] = {"image_size": image_size}
     for argument, value in arguments.items():
-        if argument not in MODEL_ARGS:
-            raise UnsupportedError(f"{where}: " + unknown_name("model_args key", argument, list(MODEL_ARGS)))
-        changes[MODEL_ARGS[argument]] = value
+        changes[MODEL_ARGS[known_name("model_args key", argument, MODEL_ARGS, where=where)]] = value
     return from_mapping(FastVitConfig, {**vars(MCI[name]), **changes}, strict=True, where=where)
-
-
-def _table(values: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    found = values.get(name)
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{where}: {name} is {found!r}; expected a table")
-    return found
 
 
 FAMILY = Family(name="fast_vlm", config=config, processor=processor, place=place)

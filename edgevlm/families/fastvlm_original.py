@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from edgevlm.core.config import shown
 from edgevlm.core.errors import UnsupportedError
 from edgevlm.families.decoders import decoder_config, place_decoder
 from edgevlm.families.family import NOT_NEEDED, Family, Placement, Placements
 from edgevlm.families.fastvlm import TEMPLATE, TRAINED, make_processor
 from edgevlm.families.folder import ModelFolder
+from edgevlm.families.values import require
 from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.image_spec import Fit
 from edgevlm.processing.processor import Processor
 from edgevlm.shapes.config import FastVitConfig, MlpConfig, VlmConfig
 from edgevlm.shapes.fastvit import MCI
 
-TOWER = re.compile(r"(?:.*/)?mobileclip_l_(\d+)")  # the number is the image size
+TOWER = re.compile(r"(?:.*/)?mobileclip_l_(\d{1,9})")  # the number is the image size
 ENCODER = "model.vision_tower.vision_tower.model."
 PROJECTOR: Mapping[str, str] = {
     f"model.mm_projector.{theirs}.{kind}": f"projector.{ours}.{kind}"
@@ -29,6 +31,11 @@ PROJECTOR: Mapping[str, str] = {
     for kind in ("weight", "bias")
 }
 FITS: Mapping[str | None, Fit] = {"pad": "pad", "square": "center-crop", None: "center-crop"}
+EXPECTED: Mapping[str, tuple[Any, ...]] = {
+    "image_aspect_ratio": tuple(FITS),
+    "mm_projector_type": ("mlp2x_gelu", None),
+    "mm_use_im_start_end": (False, None),  # tokens around a picture
+}
 # Apple's word for a module, in timm's; those of the training form too.
 WORDS: Mapping[str, str] = {
     "patch_embed": "stem",
@@ -48,7 +55,7 @@ WORDS: Mapping[str, str] = {
 def config(folder: ModelFolder) -> VlmConfig:
     """The model that config.json describes, at the image size in the name of its vision tower."""
     values, where = folder.config, str(folder.path / "config.json")
-    _check(values, where)
+    require(values, EXPECTED, where=where)
     return VlmConfig(
         vision=replace(MCI["fastvit_mci3"], image_size=_image_size(values, where), reparameterized=True),
         projector=MlpConfig(),
@@ -103,21 +110,10 @@ def _image_size(values: Mapping[str, Any], where: str) -> int:
     found = TOWER.fullmatch(tower) if isinstance(tower, str) else None
     if found is None:
         raise UnsupportedError(
-            f"{where}: mm_vision_tower is {tower!r}; of llava_qwen2 models only those with "
+            f"{where}: mm_vision_tower is {shown(tower)}; of llava_qwen2 models only those with "
             f"'mobileclip_l_<image size>' (FastVLM) are supported"
         )
     return int(found[1])
-
-
-def _check(values: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedError for settings of LLaVA that FastVLM does not use."""
-    aspect = values.get("image_aspect_ratio")
-    if aspect not in tuple(FITS):
-        raise UnsupportedError(f"{where}: image_aspect_ratio is {aspect!r}; known: pad, square")
-    if values.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-        raise UnsupportedError(f"{where}: mm_projector_type is {values['mm_projector_type']!r}; expected 'mlp2x_gelu'")
-    if values.get("mm_use_im_start_end"):
-        raise UnsupportedError(f"{where}: mm_use_im_start_end is true; pictures between two tokens are not supported")
 
 
 FAMILY = Family(name="llava_qwen2", config=config, processor=processor, place=place)

@@ -18,7 +18,8 @@ from edgevlm.core.errors import EdgeVLMError, InputError, UsageError, translate_
 from edgevlm.core.optional import require
 from edgevlm.families.detect import family_of
 from edgevlm.families.folder import ModelFolder
-from edgevlm.families.tensors import WEIGHTS, listed_files
+from edgevlm.families.licence import FILES as LICENCE_FILES
+from edgevlm.families.tensors import PICKLES, WEIGHTS, listed_files
 from edgevlm.shipped import find_weights
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,12 @@ MAX_ID_LETTERS = 96
 PART = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"({PART}/{PART})(?:@([\w./-]+))?", re.ASCII)
 FILE_ENDINGS = (".bundle", ".json", ".safetensors", ".tar", ".git")  # nobody's repository
-LICENCES = ("LICENSE*", "LICENCE*", "License*", "license*", "NOTICE*", "USE_POLICY*")
+LICENCES = tuple("".join(f"[{letter.upper()}{letter}]" for letter in name) + "*" for name in LICENCE_FILES)
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", *LICENCES)
-IN_FOLDERS = ("*/*",)  # such as onnx/ and original/: the same model once more
+IGNORED = (
+    "*/*",  # such as onnx/ and original/: the same model once more
+    *(f"*{ending}" for ending in (*PICKLES, ".py")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,7 @@ def _snapshot(hub: ModuleType, wanted: HubId, patterns: Sequence[str], offline: 
                 wanted.repository,
                 revision=wanted.revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=list(IN_FOLDERS),
+                ignore_patterns=list(IGNORED),
                 local_files_only=offline,
             )
         except Exception as error:

@@ -5,23 +5,19 @@ Source: Laurençon et al. 2024, arXiv:2408.12637; Marafioti et al. 2025, arXiv:2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
-
 from edgevlm.core.config import from_mapping
-from edgevlm.core.errors import ConfigError, UnsupportedError
+from edgevlm.core.errors import UnsupportedError
 from edgevlm.families.decoders import decoder_config, place_decoder
 from edgevlm.families.encoders import place_vit, vision_config
 from edgevlm.families.family import Family, Placement, Placements
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.reading import read_image_spec, read_stop_ids, read_template, read_tokenizer
 from edgevlm.families.templates import AS_PARTS
+from edgevlm.families.values import table
 from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import Processor, PromptSpec
 from edgevlm.processing.split import Idefics3Tiles
-from edgevlm.processing.tokenizer import Tokenizer
 from edgevlm.shapes.config import UnshuffleConfig, VitConfig, VlmConfig
 
 IMAGE_TOKEN = "<image>"
@@ -49,14 +45,14 @@ TEMPLATE = (
 def config(folder: ModelFolder) -> VlmConfig:
     """The model that config.json describes.  Raises UnsupportedError for positions that no plain table holds."""
     values, where = folder.config, str(folder.path / "config.json")
-    text = _table(values, "text_config", where)
+    text = table(values, "text_config", where=where)
     decoder = decoder_config(
         {**text, "tie_word_embeddings": bool(values.get("tie_word_embeddings", False))},
         text.get("model_type", "llama"),
         where=f"{where}: text_config",
     )
     vision = vision_config(
-        {**VISION_DEFAULTS, **_table(values, "vision_config", where)},
+        {**VISION_DEFAULTS, **table(values, "vision_config", where=where)},
         "siglip_vision_model",
         feature_layer=None,
         where=f"{where}: vision_config",
@@ -83,16 +79,31 @@ def processor(folder: ModelFolder, config: VlmConfig) -> Processor:
     tokenizer = read_tokenizer(folder, placeholder=IMAGE_TOKEN)
     template = read_template(folder, TEMPLATE)
     return Processor(
-        image_spec=read_image_spec(folder, default=_image_spec(config.vision.image_size)),
+        image_spec=tiles(folder, config),
         prompt_spec=PromptSpec(
             image_token=IMAGE_TOKEN,
             num_vision_tokens=config.num_vision_tokens,
-            stop_token_ids=_stop_ids(folder, tokenizer),
+            stop_token_ids=read_stop_ids(folder, tokenizer, known=(END_OF_UTTERANCE,)),
             layout="idefics3",
         ),
         tokenizer=tokenizer,
         template=ChatTemplate(AS_PARTS + template.source, template.special_tokens),
     )
+
+
+def tiles(folder: ModelFolder, config: VlmConfig) -> ImageSpec:
+    """How pictures are cut: as preprocessor_config.json says, else into LONGEST_TILES a side at most."""
+    side = config.vision.image_size
+    default = ImageSpec(
+        height=side,
+        width=side,
+        fit="stretch",
+        filter="lanczos",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        split=Idefics3Tiles(longest_edge=LONGEST_TILES * side),
+    )
+    return read_image_spec(folder, default=default)
 
 
 def place(name: str, config: VlmConfig) -> Placements | None:
@@ -104,33 +115,4 @@ def place(name: str, config: VlmConfig) -> Placements | None:
     return place_decoder(name, prefix="model.text_model.") if vision is None else vision
 
 
-def _stop_ids(folder: ModelFolder, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends every turn of the prompt, and what the files say beside it."""
-    if not tokenizer.has(END_OF_UTTERANCE):
-        return read_stop_ids(folder, tokenizer)
-    end = tokenizer.token_id(END_OF_UTTERANCE)
-    with suppress(ConfigError):
-        return tuple(dict.fromkeys((end, *read_stop_ids(folder, tokenizer))))
-    return (end,)
-
-
-def _image_spec(side: int) -> ImageSpec:
-    return ImageSpec(
-        height=side,
-        width=side,
-        fit="stretch",
-        filter="lanczos",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        split=Idefics3Tiles(longest_edge=LONGEST_TILES * side),
-    )
-
-
-def _table(values: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    found = values.get(name)
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{where}: {name} is {found!r}; expected a table")
-    return found
-
-
-FAMILY = Family(name="idefics3", config=config, processor=processor, place=place)
+FAMILY = Family(name="idefics3", config=config, processor=processor, place=place, tiles=tiles)

@@ -9,8 +9,22 @@ from pathlib import Path
 from edgevlm.core.config import read_text
 from edgevlm.core.errors import InputError
 
-FILE_NAME = re.compile(r"(licen[cs]e|notice|use_policy|copying|acknowledge?ments)[\w.-]*", re.IGNORECASE | re.ASCII)
-RESTRICTED = re.compile(r"non-?commercial|research purposes|research[- ]only|\bcc-by-nc|\bamlr\b", re.IGNORECASE)
+FILES = (
+    "license",
+    "licence",
+    "notice",
+    "use_policy",
+    "copying",
+    "acknowledgements",
+    "acknowledgments",
+)  # and more after
+FILE_NAME = re.compile(rf"({'|'.join(FILES)})[\w.-]*", re.IGNORECASE | re.ASCII)
+# Not "noncommercially" in the GPL, nor "commercial or non-commercial" where both are allowed.
+RESTRICTED = re.compile(
+    r"(?<!commercial or )(?<!commercial and )\bnon[- ]?commercial\b(?! (?:or|and) commercial)"
+    r"|research purposes|research[- ]only|\bcc-by-nc|\bamlr\b",
+    re.IGNORECASE,
+)
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 MAX_LETTERS = 80
 
@@ -38,7 +52,7 @@ def read_licence(folder: Path) -> Licence | None:
     name = _named(_text(folder / "README.md")) or next(filter(None, map(_title, texts)), "")
     if not (name or files):
         return None
-    return Licence(name=name, files=files, restricted=any(map(RESTRICTED.search, (name, *texts))))
+    return Licence(name=name, files=files, restricted=any(map(_is_restricted, (name, *texts))))
 
 
 def _named(readme: str) -> str:
@@ -48,6 +62,10 @@ def _named(readme: str) -> str:
     fields = {key.strip(): value.strip(" \t'\"") for key, _, value in (line.partition(":") for line in lines)}
     names = (fields.get("license_name"), fields.get("license"))
     return _printable(next((name for name in names if name and name != "other"), ""))
+
+
+def _is_restricted(text: str) -> bool:
+    return RESTRICTED.search(" ".join(text.split())) is not None
 
 
 def _title(text: str) -> str:

@@ -1,6 +1,7 @@
 """LLaVA and LLaVA-NeXT in transformers' layout: CLIP or SigLIP, two Linears, a Llama, Mistral, Qwen2 or Qwen3.
 
-LLaVA-NeXT cuts large pictures into tiles; here it sees the whole picture alone, in one tile.
+LLaVA-NeXT cuts large pictures into tiles; here it sees the whole picture alone, in one tile, and behind it the row
+that ends a line of tiles.
 Sources: Liu et al. 2023, arXiv:2310.03744; LLaVA-NeXT's notes of January 2024.
 """
 
@@ -9,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.core.errors import ConfigError, UnsupportedError
-from edgevlm.families.decoders import decoder_config, place_decoder
+from edgevlm.core.config import shown
+from edgevlm.core.errors import UnsupportedError
+from edgevlm.families.decoders import place_decoder, text_decoder
 from edgevlm.families.encoders import place_vit, vision_config
 from edgevlm.families.family import NOT_NEEDED, Family, Placement, Placements
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.llava_layout import IMAGE_TOKEN
-from edgevlm.families.reading import CLIP_COLOURS, HALVES, read_image_spec, read_stop_ids
+from edgevlm.families.reading import CLIP_COLOURS, HALVES, has_id, read_image_spec, read_stop_ids
 from edgevlm.families.templates import template_of
+from edgevlm.families.values import require, table
 from edgevlm.processing.image_spec import Fit, ImageSpec
 from edgevlm.processing.processor import Processor, PromptSpec
 from edgevlm.processing.tokenizer import Tokenizer
@@ -32,6 +35,7 @@ CLIP_LARGE = {
     "image_size": 336,
     "patch_size": 14,
 }
+EXPECTED: Mapping[str, tuple[Any, ...]] = {"projector_hidden_act": ("gelu", None)}
 # Where the parts of today's layout stood before transformers 5.
 OLDER = {
     "language_model.lm_head.": "lm_head.",
@@ -42,6 +46,7 @@ OLDER = {
 }
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 LINEARS = {"linear_1": "projector.1", "linear_2": "projector.3"}
+END_ROW = "projector.4.row"
 
 
 def config(folder: ModelFolder) -> VlmConfig:
@@ -50,17 +55,14 @@ def config(folder: ModelFolder) -> VlmConfig:
     Raises UnsupportedError for features of several layers or with the class token, and for parts we do not have.
     """
     values, where = folder.config, str(folder.path / "config.json")
-    text = _table(values, "text_config", where)
-    tied = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = decoder_config(
-        {**text, "tie_word_embeddings": tied}, str(text.get("model_type", "llama")), where=f"{where}: text_config"
-    )
-    if values.get("projector_hidden_act", "gelu") != "gelu":
-        raise UnsupportedError(f"{where}: projector_hidden_act {values['projector_hidden_act']!r}; expected 'gelu'")
+    require(values, EXPECTED, where=where)
     return VlmConfig(
         vision=_vision(values, where),
-        projector=MlpConfig(bias=bool(values.get("multimodal_projector_bias", True))),
-        decoder=decoder,
+        projector=MlpConfig(
+            bias=bool(values.get("multimodal_projector_bias", True)),
+            end_row=values["model_type"] == "llava_next" and bool(values.get("use_image_newline_parameter", True)),
+        ),
+        decoder=text_decoder(values, kind="llama", where=where),
         model_type=str(values["model_type"]),
     )
 
@@ -88,8 +90,9 @@ def place(name: str, config: VlmConfig) -> Placements | None:
         if name.startswith(older):
             name = today + name[len(older) :]
             break
-    if name == "model.image_newline":  # between tiles
-        return NOT_NEEDED
+    if name == "model.image_newline":
+        has_row = isinstance(config.projector, MlpConfig) and config.projector.end_row
+        return (Placement(name=END_ROW),) if has_row else NOT_NEEDED
     if name.startswith(PROJECTOR):
         linear, _, rest = name.removeprefix(PROJECTOR).partition(".")
         return (Placement(name=f"{LINEARS[linear]}.{rest}"),) if linear in LINEARS else None
@@ -104,10 +107,10 @@ def _place_vision(name: str, config: VlmConfig) -> Placements | None:
 
 
 def _vision(values: Mapping[str, Any], where: str) -> VitConfig:
-    table = _table(values, "vision_config", where) or CLIP_LARGE
-    kind = str(table.get("model_type", "clip_vision_model"))
+    described = table(values, "vision_config", where=where) if values.get("vision_config") else CLIP_LARGE
+    kind = described.get("model_type", "clip_vision_model")
     vision = vision_config(
-        table,
+        described,
         kind,
         feature_layer=values.get("vision_feature_layer", -2),
         where=f"{where}: vision_config",
@@ -116,7 +119,7 @@ def _vision(values: Mapping[str, Any], where: str) -> VitConfig:
     expected = "default" if vision.class_token else "full"
     if strategy != expected:
         raise UnsupportedError(
-            f"{where}: vision_feature_select_strategy {strategy!r} with a {kind} would "
+            f"{where}: vision_feature_select_strategy is {shown(strategy)}, which with a {kind} would "
             f"{'keep the class token' if vision.class_token else 'drop the first patch'}; expected {expected!r}"
         )
     return vision
@@ -125,7 +128,7 @@ def _vision(values: Mapping[str, Any], where: str) -> VitConfig:
 def _image_token(folder: ModelFolder, tokenizer: Tokenizer) -> str:
     """The token whose id config.json names, else ``<image>``."""
     id = folder.config.get("image_token_index", folder.config.get("image_token_id"))
-    token = tokenizer.token(id) if type(id) is int and id >= 0 else None
+    token = tokenizer.token(id) if has_id(tokenizer, id) else None
     return token if token is not None and token in tokenizer.added_tokens else IMAGE_TOKEN
 
 
@@ -137,13 +140,6 @@ def _image_spec(config: VlmConfig) -> ImageSpec:
     mean, std = ((red, green, blue) for red, green, blue in (colours["image_mean"], colours["image_std"]))
     fit: Fit = "center-crop" if vision.class_token else "stretch"
     return ImageSpec(height=side, width=side, fit=fit, filter="bicubic", mean=mean, std=std)
-
-
-def _table(values: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    found = values.get(name) or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{where}: {name} is {found!r}; expected a table")
-    return found
 
 
 FAMILY = Family(name="llava", config=config, processor=processor, place=place)

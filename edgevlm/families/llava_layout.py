@@ -8,21 +8,21 @@ Source: LLaVA-1.5, Liu et al. 2023, arXiv:2310.03744.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgevlm.core.config import read_json
+from edgevlm.core.config import read_json, shown
 from edgevlm.core.errors import UnsupportedError
-from edgevlm.core.registry import unknown_name
 from edgevlm.families.decoders import place_decoder
 from edgevlm.families.encoders import place_vit, vision_config
 from edgevlm.families.family import NOT_NEEDED, Placement, Placements
 from edgevlm.families.folder import ModelFolder
-from edgevlm.families.reading import CLIP_COLOURS, read_image_spec, read_stop_ids, read_tokenizer
+from edgevlm.families.reading import CLIP_COLOURS, mean_color, read_image_spec, read_stop_ids, read_tokenizer
 from edgevlm.families.templates import template_of
-from edgevlm.families.tensors import INDEX, WEIGHTS, read_headers
+from edgevlm.families.values import known_name, require, table, unknown
 from edgevlm.processing.image_spec import Fit, ImageSpec
 from edgevlm.processing.processor import Processor, PromptSpec
 from edgevlm.shapes.config import MlpConfig, VitConfig, VlmConfig
@@ -30,6 +30,8 @@ from edgevlm.shapes.config import MlpConfig, VitConfig, VlmConfig
 IMAGE_TOKEN = "<image>"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
+CLIP = "clip_vision_model"
+PLAIN = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")  # a folder's name, and no way out of the folder
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 # What the config.json of a named vision encoder says; only the last part of a name counts.
 TOWERS: Mapping[str, Mapping[str, Any]] = {
@@ -53,27 +55,21 @@ def llava_vision(folder: ModelFolder) -> VitConfig:
     files lack its weights.
     """
     values, where = folder.config, str(folder.path / "config.json")
-    for key, expected in EXPECTED.items():
-        if values.get(key) not in expected:
-            raise UnsupportedError(f"{where}: {key} {values[key]!r}; expected {expected[0]!r}")
-    name = str(values.get("mm_vision_tower") or "")
+    require(values, EXPECTED, where=where)
+    name = values.get("mm_vision_tower") or ""
     _require_weights(folder, name)
     return vision_config(
         _tower(folder, name),
-        "clip_vision_model",
+        CLIP,
         feature_layer=values.get("mm_vision_select_layer", -2),
-        where=f"{where}: mm_vision_tower {name}",
+        where=f"{where}: mm_vision_tower {shown(name)}",
     )
 
 
 def llava_projector(folder: ModelFolder) -> MlpConfig:
     """What stands between encoder and decoder.  Raises UnsupportedError for anything but one or two Linears."""
-    kind = folder.config.get("mm_projector_type", "linear")
-    layers = {"linear": 1, "mlp2x_gelu": 2}
-    if kind not in layers:
-        raise UnsupportedError(
-            f"{folder.path / 'config.json'}: " + unknown_name("mm_projector_type", str(kind), list(layers))
-        )
+    found, where = folder.config.get("mm_projector_type", "linear"), str(folder.path / "config.json")
+    kind = known_name("mm_projector_type", found, ("linear", "mlp2x_gelu"), where=where)
     return MlpConfig(num_layers=1 if kind == "linear" else 2)
 
 
@@ -98,12 +94,12 @@ def llava_image_spec(folder: ModelFolder, side: int) -> ImageSpec:
     ``pad`` puts bars of the mean colour beside it, ``anyres`` stretches it (its tiles are not cut), anything else
     crops the middle.
     """
-    fit = FITS.get(folder.config.get("image_aspect_ratio"), "center-crop")
+    ratio = folder.config.get("image_aspect_ratio")
+    fit = FITS.get(ratio, "center-crop") if isinstance(ratio, str) else "center-crop"
     mean, std = ((red, green, blue) for red, green, blue in (CLIP_COLOURS["image_mean"], CLIP_COLOURS["image_std"]))
     clip = ImageSpec(height=side, width=side, fit="center-crop", filter="bicubic", mean=mean, std=std)
     spec = read_image_spec(folder, default=clip)
-    red, green, blue = (int(value * 255) for value in spec.mean)
-    return replace(spec, fit=fit, pad_color=(red, green, blue) if fit == "pad" else (0, 0, 0))
+    return replace(spec, fit=fit, pad_color=mean_color(spec.mean) if fit == "pad" else (0, 0, 0))
 
 
 def place_llava(name: str, config: VlmConfig) -> Placements | None:
@@ -126,30 +122,34 @@ def place_projector(name: str) -> Placements | None:
     return (Placement(name=f"projector.{places[position]}.{rest}"),) if position in places else None
 
 
-def _tower(folder: ModelFolder, name: str) -> Mapping[str, Any]:
-    """transformers' config of the named vision encoder."""
-    last = PurePosixPath(name.replace("\\", "/")).name
-    described = folder.path / last / "config.json"
-    if last and described.is_file():
-        values = read_json(described)
-        inner = values.get("vision_config", values)
-        return inner if isinstance(inner, Mapping) else values
+def _tower(folder: ModelFolder, name: object) -> Mapping[str, Any]:
+    """transformers' config of the named vision encoder.  Raises UnsupportedError unless it is CLIP's."""
+    last = PurePosixPath(name.replace("\\", "/")).name if isinstance(name, str) else ""
+    if PLAIN.fullmatch(last) and (described := folder.path / last / "config.json").is_file():
+        return _described(described)
     if last not in TOWERS:
-        raise UnsupportedError(
-            f"{folder.path / 'config.json'}: "
-            + unknown_name("mm_vision_tower", name, list(TOWERS))
-            + f"; put its config.json into {folder.path / (last or 'NAME')}"
-        )
+        where, place = folder.path / "config.json", folder.path / (last if PLAIN.fullmatch(last) else "NAME")
+        hint = f"Of another CLIP, put its config.json into {place}."
+        raise unknown("mm_vision_tower", name, TOWERS, where=str(where), hint=hint)
     return TOWERS[last]
 
 
-def _require_weights(folder: ModelFolder, name: str) -> None:
+def _described(file: Path) -> Mapping[str, Any]:
+    """The encoder in the config.json of CLIP, which describes a text encoder beside it, or of its encoder alone."""
+    values = read_json(file)
+    inner = table(values, "vision_config", where=str(file)) if "vision_config" in values else values
+    kind = values.get("model_type", inner.get("model_type", CLIP))
+    if kind not in (CLIP, "clip"):
+        raise UnsupportedError(f"{file}: model_type is {shown(kind)}; expected 'clip' or '{CLIP}'")
+    return inner
+
+
+def _require_weights(folder: ModelFolder, name: object) -> None:
     """Raise UnsupportedError where the checkpoint has weights, but none of its vision encoder."""
-    if not (folder.has(WEIGHTS) or folder.has(INDEX)):
-        return
-    if not any(tensor.startswith(TOWER) for tensor in read_headers(folder.path)):
+    names = folder.tensor_names
+    if names and not any(tensor.startswith(TOWER) for tensor in names):
         raise UnsupportedError(
-            f"{folder.path}: the weights of the vision encoder ({name or 'mm_vision_tower'}) are not in this "
-            f"checkpoint, which was written without them; take the same model in transformers' layout, which holds "
-            f"them (for LLaVA-1.5: llava-hf/llava-1.5-7b-hf)"
+            f"{folder.path}: the weights of the vision encoder ({shown(name) if name else 'mm_vision_tower'}) are not "
+            f"in this checkpoint, which was written without them; take the same model in transformers' layout, which "
+            f"holds them (for LLaVA-1.5: llava-hf/llava-1.5-7b-hf)"
         )

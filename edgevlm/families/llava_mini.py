@@ -13,18 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from edgevlm.core.config import from_mapping
-from edgevlm.core.errors import UnsupportedError
 from edgevlm.families.decoders import decoder_config
-from edgevlm.families.family import Family, Placement, Placements
+from edgevlm.families.family import Family, Placement, Placements, thirds
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.llava_layout import IMAGE_TOKEN, llava_image_spec, llava_projector, llava_vision, place_llava
 from edgevlm.families.reading import read_stop_ids, read_template, read_tokenizer
-from edgevlm.families.tensors import INDEX, WEIGHTS, read_headers
+from edgevlm.families.values import require
 from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import Processor, PromptSpec
 from edgevlm.processing.split import Crops
-from edgevlm.processing.tokenizer import Tokenizer
 from edgevlm.shapes.config import DecoderConfig, VlmConfig
 from edgevlm.shapes.fusion import FusionConfig
 
@@ -73,10 +71,7 @@ def config(folder: ModelFolder) -> VlmConfig:
     Raises UnsupportedError for settings that the released code does not survive or we do not have.
     """
     where = str(folder.path / "config.json")
-    for name, expected in EXPECTED.items():
-        if folder.config.get(name) not in expected:
-            known = " or ".join(repr(value) for value in expected if value is not None)
-            raise UnsupportedError(f"{where}: {name} {folder.config.get(name)!r}; expected {known}")
+    require(folder.config, EXPECTED, where=where)
     return VlmConfig(
         vision=llava_vision(folder),
         projector=llava_projector(folder),
@@ -94,7 +89,7 @@ def processor(folder: ModelFolder, config: VlmConfig) -> Processor:
         prompt_spec=PromptSpec(
             image_token=IMAGE_TOKEN,
             num_vision_tokens=config.num_vision_tokens,
-            stop_token_ids=_stop_ids(folder, tokenizer),
+            stop_token_ids=read_stop_ids(folder, tokenizer, known=ENDS),
         ),
         tokenizer=tokenizer,
         template=whole_template(read_template(folder, LLAMA_3)),
@@ -119,10 +114,7 @@ def place(name: str, config: VlmConfig) -> Placements | None:
         return place_llava(name, config)
     inner = name.removeprefix(COMPRESSOR)
     if inner.startswith("attn.in_proj_"):
-        kind = inner.removeprefix("attn.in_proj_")
-        return tuple(
-            Placement(name=f"fusion.compressor.{part}_proj.{kind}", part=(index, 3)) for index, part in enumerate("qkv")
-        )
+        return thirds("fusion.compressor", inner.removeprefix("attn.in_proj_"))
     return (Placement(name=f"fusion.compressor.{inner.removeprefix('attn.')}"),)
 
 
@@ -147,11 +139,9 @@ def _fusion(folder: ModelFolder, where: str) -> FusionConfig:
 
 
 def _side_of_queries(folder: ModelFolder) -> int | None:
-    """The side of the square of queries in the weights; None where there are no weights."""
-    if not (folder.has(WEIGHTS) or folder.has(INDEX)):
-        return None
-    query = read_headers(folder.path).get(QUERY)
-    return None if query is None else math.isqrt(query.shape[0])
+    """The side of the square of queries in the weights; None where these are not there."""
+    query = folder.tensor(QUERY)
+    return math.isqrt(query.shape[0]) if query is not None and query.shape else None
 
 
 def _image_spec(folder: ModelFolder, config: VlmConfig) -> ImageSpec:
@@ -160,12 +150,6 @@ def _image_spec(folder: ModelFolder, config: VlmConfig) -> ImageSpec:
     return replace(
         llava_image_spec(folder, config.vision.image_size), split=Crops(per_side=ratio) if ratio > 1 else None
     )
-
-
-def _stop_ids(folder: ModelFolder, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What the files name, and the three tokens by which Llama 3 ends."""
-    ends = {tokenizer.token_id(token) for token in ENDS if tokenizer.has(token)}
-    return tuple(sorted({*read_stop_ids(folder, tokenizer), *ends}))
 
 
 FAMILY = Family(name="llava_mini", config=config, processor=processor, place=place)

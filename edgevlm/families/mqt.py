@@ -8,18 +8,21 @@ Source: Hu et al. 2024, arXiv:2405.19315.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from edgevlm.core.config import shown
 from edgevlm.core.errors import ConfigError
 from edgevlm.families.decoders import decoder_config
-from edgevlm.families.family import Family, Placement, Placements
+from edgevlm.families.detect import QUERIES
+from edgevlm.families.family import Family, Placement, Placements, thirds
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.llava_layout import llava_processor, llava_vision, place_llava
 from edgevlm.shapes.config import QueriesConfig, VlmConfig
 
 NUM_QUERIES = 256
+DIGITS = re.compile(r"\d{1,9}")
 STAGES = ("first_stage", "second_stage")
-ABSTRACTOR = "model.query_abstractor."
 KEPT = ("query", "pos_embed", *(f"{name}.{kind}" for name in ("ln_q", "ln_k", "ln_v") for kind in ("weight", "bias")))
 
 
@@ -39,17 +42,18 @@ def num_queries(value: Any, *, where: str) -> int:
     """The budget that ``num_visual_tokens`` states: a number, a number as text, or a stage of training for all."""
     if value is None or value in STAGES:
         return NUM_QUERIES
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    number = int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else value
     if type(number) is not int or not 1 <= number <= NUM_QUERIES:
         raise ConfigError(
-            f"{where}: num_visual_tokens {value!r}; expected 1 to {NUM_QUERIES}, or {' or '.join(STAGES)} for all"
+            f"{where}: num_visual_tokens is {shown(value)}; expected 1 to {NUM_QUERIES}, or {' or '.join(STAGES)} "
+            f"for all"
         )
     return number
 
 
 def place(name: str, config: VlmConfig) -> Placements | None:
     """Where a tensor of the queries goes, or of the parts that are LLaVA's."""
-    return place_queries(name.removeprefix(ABSTRACTOR)) if name.startswith(ABSTRACTOR) else place_llava(name, config)
+    return place_queries(name.removeprefix(QUERIES)) if name.startswith(QUERIES) else place_llava(name, config)
 
 
 def place_queries(name: str) -> Placements | None:
@@ -61,8 +65,7 @@ def place_queries(name: str) -> Placements | None:
     if name.startswith("attn.out_proj."):
         return (Placement(name=f"projector.{name.removeprefix('attn.')}"),)
     if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        kind = name.removeprefix("attn.in_proj_")
-        return tuple(Placement(name=f"projector.{part}_proj.{kind}", part=(k, 3)) for k, part in enumerate("qkv"))
+        return thirds("projector", name.removeprefix("attn.in_proj_"))
     return None
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 
 from edgevlm.core.config import from_mapping
 from edgevlm.core.errors import ConfigError, InputError, UnsupportedError
-from edgevlm.families.family import NOT_NEEDED, Family, Placement, Placements
+from edgevlm.families.family import NOT_NEEDED, Family, Placement, Placements, thirds
 from edgevlm.families.folder import ModelFolder
+from edgevlm.families.hub import HUB_ID
 from edgevlm.families.reading import read_stop_ids, read_tokenizer
 from edgevlm.families.templates import AS_PARTS
 from edgevlm.processing.chat import ChatTemplate
@@ -75,6 +76,7 @@ RENAMED: Mapping[str, str] = {
     "decoder.blocks.N.mlp.down_proj": "decoder.layers.N.mlp.down_proj",
     "decoder.norm": "decoder.norm",
     "decoder.token_embedding": "embed_tokens",
+    "decoder.head": "lm_head",
 }
 FUSED = "vision_encoder.blocks.N.attn.qkv_proj"
 POSITIONS = "vision_encoder.patch_embedding.position_embedding"
@@ -173,7 +175,7 @@ def processor(folder: ModelFolder, config: VlmConfig) -> Processor:
     file = _file(folder)
     tokenizer = _tokenizer(folder, file)
     return Processor(
-        image_spec=_image_spec(file),
+        image_spec=tiles(folder, config),
         prompt_spec=PromptSpec(
             image_token=IMAGE_TOKEN,
             num_vision_tokens=config.num_vision_tokens,
@@ -185,10 +187,18 @@ def processor(folder: ModelFolder, config: VlmConfig) -> Processor:
     )
 
 
+def tiles(folder: ModelFolder, config: VlmConfig) -> ImageSpec:
+    """A square that gives up the proportions, or bicubic tiles of one."""
+    file, side = _file(folder), config.vision.image_size
+    if not file.has_tiles:
+        return ImageSpec(height=side, width=side, fit="stretch", filter="bilinear")
+    assert file.max_img_size is not None
+    split = NanoVlmTiles(longest_edge=file.max_img_size, enlarge=file.resize_to_max_side_len)
+    return ImageSpec(height=side, width=side, fit="stretch", filter="bicubic", split=split)
+
+
 def place(name: str, config: VlmConfig) -> Placements | None:
-    """Where a tensor goes; of a tied pair a file holds one only, and mostly the head."""
-    if name == "decoder.head.weight":
-        return (Placement(name="embed_tokens.weight" if config.decoder.tie_word_embeddings else "lm_head.weight"),)
+    """Where a tensor goes; of a tied pair a file mostly holds the head alone."""
     if name == "decoder.rotary_embd.inv_freq":  # follows from lm_re_base
         return NOT_NEEDED
     if name == POSITIONS:
@@ -198,7 +208,7 @@ def place(name: str, config: VlmConfig) -> Placements | None:
     general = BLOCK.sub("N", module, count=1)
     if general == FUSED and number:
         inside = f"vision_encoder.layers.{number[0]}.self_attn"
-        return tuple(Placement(name=f"{inside}.{part}_proj.{kind}", part=(k, 3)) for k, part in enumerate("qkv"))
+        return thirds(inside, kind)
     if general not in RENAMED:
         return None
     renamed = RENAMED[general].replace(".N.", f".{number[0]}." if number else ".N.")
@@ -209,24 +219,12 @@ def _file(folder: ModelFolder) -> NanoVlmFile:
     return from_mapping(NanoVlmFile, folder.config, strict=False, where=str(folder.path / "config.json"))
 
 
-def _image_spec(file: NanoVlmFile) -> ImageSpec:
-    """A square that gives up the proportions, or bicubic tiles of one."""
-    side = file.vit_img_size
-    if not file.has_tiles:
-        return ImageSpec(height=side, width=side, fit="stretch", filter="bilinear")
-    assert file.max_img_size is not None
-    split = NanoVlmTiles(longest_edge=file.max_img_size, enlarge=file.resize_to_max_side_len)
-    return ImageSpec(height=side, width=side, fit="stretch", filter="bicubic", split=split)
-
-
 def _tokenizer(folder: ModelFolder, file: NanoVlmFile) -> Tokenizer:
     """The language model's tokenizer with nanoVLM's tokens behind its own, in the order of the config."""
     if not any(map(folder.has, TOKENIZER_FILES)):
-        wanted = file.lm_tokenizer or "its language model"
-        fetch = f"hf download {wanted} tokenizer.json tokenizer_config.json --local-dir {shlex.quote(str(folder.path))}"
         raise InputError(
             f"{folder.path} holds no tokenizer, nanoVLM saves none: put tokenizer.json and tokenizer_config.json of "
-            f"{wanted} beside config.json" + (f", as `{fetch}` does" if file.lm_tokenizer else "")
+            f"{_whose(file)} beside config.json{_how_to_fetch(file, folder)}"
         )
     if not file.vlm_extra_tokens:
         return read_tokenizer(folder, placeholder=IMAGE_TOKEN)
@@ -254,8 +252,23 @@ def _check_ids(tokenizer: Tokenizer, tokens: tuple[str, ...], file: NanoVlmFile,
         if (found := tokenizer.token_id(token)) != id:
             raise ConfigError(
                 f"{where}: {token!r} gets id {found}, config.json implies {id}; "
-                f"the tokenizer must be that of {file.lm_tokenizer or 'the language model'}"
+                f"the tokenizer must be that of {_whose(file)}"
             )
 
 
-FAMILY = Family(name="nanovlm", config=config, processor=processor, place=place)
+def _whose(file: NanoVlmFile) -> str:
+    """The repository that the tokenizer is from; whatever else stands there, without what a terminal obeys."""
+    if not file.lm_tokenizer:
+        return "its language model"
+    return file.lm_tokenizer if HUB_ID.fullmatch(file.lm_tokenizer) else repr(file.lm_tokenizer)
+
+
+def _how_to_fetch(file: NanoVlmFile, folder: ModelFolder) -> str:
+    """A command for the user's shell, so only for what can be a repository."""
+    if not HUB_ID.fullmatch(file.lm_tokenizer):
+        return ""
+    names = "tokenizer.json tokenizer_config.json"
+    return f", as `hf download {file.lm_tokenizer} {names} --local-dir {shlex.quote(str(folder.path))}` does"
+
+
+FAMILY = Family(name="nanovlm", config=config, processor=processor, place=place, tiles=tiles)

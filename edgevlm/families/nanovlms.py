@@ -1,4 +1,6 @@
-"""The models of the NanoVLMs paper, which published no weights: configs to train from.
+"""The models of the NanoVLMs paper, which published no weights: configs to train from, and what stands beside them.
+
+Their checkpoints are EdgeVLM's own (``model_type`` edgevlm), so no line of the registry is theirs.
 
 Source: Agarwalla et al. 2025, arXiv:2502.07838, tables 1 and 2.  The paper states the sizes in SIZES.  The rest (MLPs
 of 4 times the width, biases, an untied head, the vocabulary, 255 positions for text) is chosen so that the parameters
@@ -8,15 +10,25 @@ and their shares come out as in its tables: 5.3, 15.1 and 24.7 million.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
-from edgevlm.core.errors import UnsupportedError
+from edgevlm.core.config import to_json
+from edgevlm.core.errors import ConfigError, UnsupportedError
+from edgevlm.core.files import write_text
 from edgevlm.core.registry import unknown_name
+from edgevlm.families.native import PROCESSOR, ProcessorFile
+from edgevlm.processing.chat import ChatTemplate
+from edgevlm.processing.image_spec import ImageSpec
+from edgevlm.processing.processor import PromptSpec
+from edgevlm.processing.tokenizer import Tokenizer
 from edgevlm.shapes.config import DecoderConfig, MlpConfig, StemVitConfig, VlmConfig
 from edgevlm.shapes.stem_vit import MLP_RATIO
 
 TEXT_POSITIONS = 255
+IMAGE_TOKEN = "<|image|>"
+HALVES = (0.5, 0.5, 0.5)
 
 # For a text that goes on where the user's ends; the answer ends with the tokenizer's own last token.
 CONTINUATION_TEMPLATE = (
@@ -75,6 +87,28 @@ def nanovlms(
     if connector == "mlp4":
         projector = MlpConfig(hidden_size=MLP_RATIO * size.image_width)
     return VlmConfig(vision=vision, projector=projector, decoder=_decoder(size, vocab_size, vision.grid_size**2))
+
+
+def write_processor(folder: Path, config: VlmConfig) -> None:
+    """Write processor.json and the chat template beside the tokenizer in ``folder``, as ``config`` is to be asked.
+
+    Pictures are stretched to the encoder's square.  A prompt is the picture and a text that the answer goes on with,
+    up to the tokenizer's ``eos_token``.  Raises IntegrityError without a tokenizer, ConfigError for one that lacks
+    IMAGE_TOKEN or an ``eos_token``.
+    """
+    tokenizer, side = Tokenizer.from_folder(folder), config.vision.image_size
+    end = ChatTemplate.from_folder(folder, CONTINUATION_TEMPLATE).special_tokens.get("eos_token")
+    if end is None:
+        raise ConfigError(f"{folder}: tokenizer_config.json names no eos_token; expected the one that ends an answer")
+    tokenizer.token_id(IMAGE_TOKEN)  # raises
+    image = ImageSpec(height=side, width=side, fit="stretch", filter="bicubic", mean=HALVES, std=HALVES)
+    prompt = PromptSpec(
+        image_token=IMAGE_TOKEN,
+        num_vision_tokens=config.num_vision_tokens,
+        stop_token_ids=(tokenizer.token_id(end),),
+    )
+    write_text(folder / "chat_template.jinja", CONTINUATION_TEMPLATE)
+    write_text(folder / PROCESSOR, to_json(ProcessorFile(image=asdict(image), prompt=asdict(prompt))))
 
 
 def _decoder(size: Size, vocab_size: int, num_vision_tokens: int) -> DecoderConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgevlm.core.config import from_mapping
+from edgevlm.core.config import from_mapping, shown
 from edgevlm.core.errors import ConfigError, UnsupportedError
 from edgevlm.families.folder import ModelFolder
+from edgevlm.families.values import known_name
 from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.fit import PILLOW_FILTERS
 from edgevlm.processing.image_spec import Filter, ImageSpec
@@ -17,6 +18,7 @@ Values = Mapping[str, Any]
 
 FILTERS: Mapping[int, Filter] = {int(resample): name for name, resample in PILLOW_FILTERS.items()}
 RESCALE = 1 / 255
+LARGEST = 1e6  # no mean or deviation of colours is as far from 0
 CLIP_COLOURS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -79,24 +81,37 @@ def read_tokenizer(folder: ModelFolder, *, placeholder: str) -> Tokenizer:
     return Tokenizer.from_folder(folder.path).with_special(placeholder)
 
 
-def read_stop_ids(folder: ModelFolder, tokenizer: Tokenizer) -> tuple[int, ...]:
+def read_stop_ids(folder: ModelFolder, tokenizer: Tokenizer, *, known: Sequence[str] = ()) -> tuple[int, ...]:
     """The ids that end an answer: of generation_config.json, else config.json, and the tokenizer's ``eos_token``.
 
-    Ids that the vocabulary does not have are left out.  Raises ConfigError when no file names one.
+    Tokens that a family is ``known`` to end with come first, whatever the files say.  What the vocabulary does not
+    have is left out.  Raises ConfigError when nothing is left.
     """
+    family = [tokenizer.token_id(token) for token in known if tokenizer.has(token)]
     text_config = folder.config.get("text_config")
     sources = (folder.json("generation_config.json"), folder.config, text_config or {})
     listed = next((ids for ids in (_eos_ids(source) for source in sources) if ids), [])
     settings = folder.json("tokenizer_config.json").get("eos_token")
     text = settings.get("content") if isinstance(settings, Mapping) else settings
     named = [tokenizer.token_id(text)] if isinstance(text, str) and tokenizer.has(text) else []
-    known = [id for id in [*listed, *named] if 0 <= id < 2**31 and tokenizer.token(id) is not None]
-    if not known:
+    stops = [*family, *(id for id in [*listed, *named] if has_id(tokenizer, id))]
+    if not stops:
         raise ConfigError(
             f"{folder.path}: no file names a token of the vocabulary that ends an answer; "
             f"write its id as eos_token_id into generation_config.json"
         )
-    return tuple(dict.fromkeys(known))
+    return tuple(dict.fromkeys(stops))
+
+
+def has_id(tokenizer: Tokenizer, id: object) -> bool:
+    """Whether ``id``, whatever a file has there, is that of a token."""
+    return type(id) is int and 0 <= id < 2**31 and tokenizer.token(id) is not None
+
+
+def mean_color(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The ``mean`` of R, G and B in [0, 1] as the colour of bars beside a picture, 0 to 255."""
+    red, green, blue = (int(min(max(value, 0.0), 1.0) * 255) for value in mean)
+    return red, green, blue
 
 
 def _eos_ids(values: object) -> list[int]:
@@ -106,11 +121,10 @@ def _eos_ids(values: object) -> list[int]:
 
 def _kind(values: Values, where: str) -> str:
     """The class's name without what its back end adds (Fast, Pil), in the spelling of today."""
-    found = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "none")
-    name = found.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if name not in DEFAULTS:
-        raise UnsupportedError(f"{where}: image_processor_type {found} is unknown; known: {', '.join(DEFAULTS)}")
-    return name
+    found = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
+    if isinstance(found, str):
+        found = found.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    return known_name("image_processor_type", found, DEFAULTS, where=where)
 
 
 def _check_steps(values: Values, where: str) -> None:
@@ -118,8 +132,8 @@ def _check_steps(values: Values, where: str) -> None:
         if not values.get(step, True):
             raise UnsupportedError(f"{where}: {step} is false, but every picture must be resized and scaled to 0..1")
     factor = values.get("rescale_factor", RESCALE)
-    if not isinstance(factor, (int, float)) or abs(factor - RESCALE) > 1e-9:
-        raise UnsupportedError(f"{where}: rescale_factor must be 1/255 = {RESCALE}; found {factor!r}")
+    if not isinstance(factor, float) or not abs(factor - RESCALE) <= 1e-9:
+        raise UnsupportedError(f"{where}: rescale_factor must be 1/255 = {RESCALE}; found {shown(factor)}")
 
 
 def _mean_and_std(values: Values, where: str) -> dict[str, Any]:
@@ -130,15 +144,17 @@ def _mean_and_std(values: Values, where: str) -> dict[str, Any]:
 
 def _three(value: Any, where: str) -> list[float]:
     three = value if isinstance(value, list) else [value] * 3
-    if len(three) != 3 or any(type(number) not in (int, float) for number in three):
-        raise UnsupportedError(f"{where}: image_mean and image_std must be three numbers; found {value!r}")
+    if len(three) != 3 or not all(type(number) in (int, float) and abs(number) < LARGEST for number in three):
+        raise UnsupportedError(f"{where}: image_mean and image_std must be three numbers; found {shown(value)}")
     return [float(number) for number in three]
 
 
 def _filter(values: Values, where: str) -> Filter:
     resample = values["resample"]
     if type(resample) is not int or resample not in FILTERS:
-        raise UnsupportedError(f"{where}: resample must be one of {', '.join(map(str, FILTERS))}; found {resample!r}")
+        raise UnsupportedError(
+            f"{where}: resample must be one of {', '.join(map(str, FILTERS))}; found {shown(resample)}"
+        )
     return FILTERS[resample]
 
 
@@ -147,14 +163,14 @@ def _one(kind: str, values: Values, where: str) -> dict[str, Any]:
     size = _size(values["size"], where, "shortest_edge" if kind in SHORTEST_BY_DEFAULT else "")
     crop = _sides(values["crop_size"], where) if values.get("do_center_crop") else None
     if kind == "LlavaImageProcessor" and values.get("do_pad"):
-        colour = [int(value * 255) for value in _three(values["image_mean"], where)]
+        colour = mean_color(_three(values["image_mean"], where))
         return {**_target(_padded(size, where), crop, where), "fit": "pad", "pad_color": colour}
     if "shortest_edge" not in size:
         return {**_target(_sides(size, where), crop, where), "fit": "stretch"}
     edge = size["shortest_edge"]
     if crop is None:
         raise UnsupportedError(
-            f"{where}: the shorter side becomes {edge} and nothing is cropped, but sizes must be fixed"
+            f"{where}: the shorter side becomes {shown(edge)} and nothing is cropped, but sizes must be fixed"
         )
     return {**_target((edge, edge), crop, where), "fit": "center-crop"}
 
@@ -198,15 +214,15 @@ def _size(size: object, where: str, lone: str) -> Mapping[str, int]:
     if type(size) is int:
         return {lone: size} if lone else {"height": size, "width": size}
     if not isinstance(size, Mapping) or any(type(value) is not int for value in size.values() if value is not None):
-        raise UnsupportedError(f"{where}: a size is a number of pixels or a table of them; found {size!r}")
+        raise UnsupportedError(f"{where}: a size is a number of pixels or a table of them; found {shown(size)}")
     given = {name: value for name, value in size.items() if value is not None}
     if set(given) not in ({"height", "width"}, {"shortest_edge"}, {"longest_edge"}):
-        raise UnsupportedError(f"{where}: a size names height and width, or one edge; found {size!r}")
+        raise UnsupportedError(f"{where}: a size names height and width, or one edge; found {shown(size)}")
     return given
 
 
 def _sides(size: object, where: str) -> tuple[int, int]:
     sides = _size(size, where, "")
     if "height" not in sides:
-        raise UnsupportedError(f"{where}: pictures must get a fixed height and width; found {size!r}")
+        raise UnsupportedError(f"{where}: pictures must get a fixed height and width; found {shown(size)}")
     return sides["height"], sides["width"]

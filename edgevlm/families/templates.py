@@ -15,24 +15,20 @@ AS_PARTS = (
     "{%- set all.turns = all.turns + [{'role': message['role'], 'content': content}] -%}"
     "{%- endfor -%}{%- set messages = all.turns -%}"
 )
-# LLaVA-1.5, as its authors wrote it for Vicuna.
-VICUNA = (
+# LLaVA-1.5, as its authors wrote it for Vicuna: a blank behind the system text and a question, </s> behind an answer.
+VICUNA = AS_PARTS + (
     "{{- bos_token | default('<s>') -}}"
-    "{%- set first = messages[0]['content'] if messages[0]['role'] == 'system' else "
-    "'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user\\'s questions.' -%}"
-    "{{- first if first is string else first[0]['text'] -}}"
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user\\'s questions. ' -}}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
-    "{%- if message['role'] != 'system' -%}"
-    "{{- ' USER: ' if message['role'] == 'user' else ' ASSISTANT: ' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{{- {'system': '', 'assistant': 'ASSISTANT: '}[message['role']] | default('USER: ') -}}"
     "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}"
     "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- eos_token | default('</s>') -}}{%- endif -%}"
-    "{%- endif -%}"
+    "{{- eos_token | default('</s>') if message['role'] == 'assistant' else ' ' -}}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
 
 

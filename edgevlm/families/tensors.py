@@ -77,6 +77,14 @@ def listed_files(folder: Path) -> tuple[str, ...]:
     return (WEIGHTS,)
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """The file in which each tensor of ``folder`` lies, there or not; empty without an index.
+
+    Raises IntegrityError for one that names anything but plain files beside it.
+    """
+    return _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+
+
 def weight_files(tensors: Iterable[StoredTensor]) -> tuple[Path, ...]:
     """The files in which ``tensors`` lie, each once."""
     return tuple(dict.fromkeys(tensor.file for tensor in tensors))

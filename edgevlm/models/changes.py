@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import cast, get_args
 
 from edgevlm.core.errors import UnsupportedError, UsageError
+from edgevlm.families.reading import mean_color
 from edgevlm.processing.image_spec import Fit, ImageSpec
 from edgevlm.processing.processor import Processor
 from edgevlm.processing.split import Crops
@@ -84,11 +85,13 @@ def with_context(config: VlmConfig, max_context: int) -> VlmConfig:
 
 
 def _with_fit(image: ImageSpec, fit: str) -> ImageSpec:
+    """``image`` with another fit; bars get the mean colour, which the model sees as zeros."""
     if fit == image.fit:
         return image
     if image.split is not None:
         raise UnsupportedError(f"image fit {fit}: this model cuts pictures into tiles and always fits {image.fit}")
-    return replace(image, fit=cast(Fit, fit))
+    color = mean_color(image.mean) if fit == "pad" else image.pad_color
+    return replace(image, fit=cast(Fit, fit), pad_color=color)
 
 
 def _with_splitting(image: ImageSpec, wanted: bool) -> ImageSpec:

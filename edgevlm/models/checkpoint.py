@@ -15,7 +15,7 @@ from edgevlm.core.files import atomic_file, write_text
 from edgevlm.families.detect import family_of
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.hub import find_model
-from edgevlm.families.tensors import WEIGHTS, read_headers, weight_files
+from edgevlm.families.tensors import WEIGHTS, weight_files
 from edgevlm.models.as_session import TorchSession, fusion_shape
 from edgevlm.models.changes import Changes
 from edgevlm.models.vlm import Vlm
@@ -102,7 +102,7 @@ def load_model(
     folder = ModelFolder(found.folder)
     family = family_of(folder)
     config = changes.of_config(family.config(folder))
-    tensors = read_headers(folder.path)
+    tensors = folder.tensors
     files = weight_files(tensors.values())
     net = load_weights(config, tensors, family, DTYPES[dtype], where=str(files[0] if len(files) == 1 else folder.path))
     processor = changes.of_processor(family.processor(folder, net.config), net.config)

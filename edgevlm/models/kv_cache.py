@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,10 @@ class KeyValues(Protocol):
 
 
 class KVCache:
-    """One buffer ``(B, K, max_context, head_dim)`` per layer for keys and one for values, filled from the left."""
+    """One buffer ``(B, K, max_context, head_dim)`` per layer for keys and one for values, filled from the left.
+
+    Rows take memory as they are filled.  Raises DoesNotFitError when there can never be enough for all of them.
+    """
 
     def __init__(
         self,
@@ -38,8 +43,7 @@ class KVCache:
             self.max_context,
             config.head_dim,
         )
-        self.keys = torch.zeros(shape, dtype=dtype)
-        self.values = torch.zeros(shape, dtype=dtype)
+        self.keys, self.values = _zeros(shape, dtype), _zeros(shape, dtype)
         self.position = 0  # rows that every layer holds
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +64,19 @@ class KVCache:
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to row {position}: the kv cache holds {self.position}")
         self.position = position
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros of which the system hands out no page before it is written; ``torch.zeros`` writes them all."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        memory = np.zeros(num_bytes, np.uint8)
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise DoesNotFitError(
+            f"the kv cache for {shape[3]:,} rows takes {2 * num_bytes:,} bytes, more than can be had: "
+            f"ask for fewer rows (max_context, --max-context)"
+        ) from error
+    return torch.from_numpy(memory).view(dtype).reshape(shape)
 
 
 class GrowingCache:

@@ -11,7 +11,9 @@ from edgevlm.models.decoder import Decoder
 from edgevlm.models.fusion import Fusion
 from edgevlm.models.kv_cache import GrowingCache, KVCache
 from edgevlm.models.projectors import PROJECTORS
+from edgevlm.models.projectors.queries import QueryProjector
 from edgevlm.models.vision import ENCODERS
+from edgevlm.models.vision.vit import VisionTransformer
 from edgevlm.shapes.config import VlmConfig
 
 
@@ -88,7 +90,7 @@ class Vlm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fill linear, convolution and embedding weights with small normal values, reproducibly."""
+        """Fill linear, convolution and embedding weights with small normal values, which follow from ``seed`` alone."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
@@ -99,3 +101,6 @@ class Vlm(nn.Module):
                 module.bias.zero_()
         if self.fusion is not None:
             self.fusion.initialize(self.decoder, generator)
+        for part in (self.vision_encoder, self.projector):
+            if isinstance(part, (VisionTransformer, QueryProjector)):
+                part.initialize(generator)

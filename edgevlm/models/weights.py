@@ -29,12 +29,16 @@ from edgevlm.families.family import Family, Placement
 from edgevlm.families.tensors import StoredTensor
 from edgevlm.models.misfits import check_fit
 from edgevlm.models.vlm import Vlm
-from edgevlm.shapes.config import VlmConfig
+from edgevlm.shapes.config import DecoderConfig, VlmConfig
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 20
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+HEAD_LOST = (
+    "the weights hold no head: taking the embedding; if the answers make no sense, the head was lost: "
+    "fetch the weights again"
+)
 TYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -125,21 +129,31 @@ def placed(
 def settled(config: VlmConfig, sources: dict[str, Source]) -> VlmConfig:
     """``config`` with the head and the number of rows that the tensors have; a head like the embedding is dropped.
 
-    Configs are often wrong here: of FastVLM's, some say that the head is tied and some that it is not.
+    Of a tied pair a file may hold the head alone.  Configs are often wrong here: of FastVLM's, some say that the head
+    is tied and some that it is not.
     """
-    decoder, embedding, head = config.decoder, sources.get(EMBEDDING), sources.get(HEAD)
-    if embedding is not None and head is not None and equal(embedding, head):
-        del sources[HEAD]
-        head = None
-    tied = head is None
-    if tied != decoder.tie_word_embeddings:
-        logger.info("the weights have %s head, whatever config.json says", "no separate" if tied else "a separate")
-        decoder = replace(decoder, tie_word_embeddings=tied)
+    decoder = _with_the_heads_place(config.decoder, sources)
+    embedding, head = sources.get(EMBEDDING), sources.get(HEAD)
     rows = embedding.shape[:1] if embedding is not None else ()
     if rows and rows[0] and rows[0] != decoder.vocab_size and (head is None or head.shape[:1] == rows):
         logger.info("the embedding has %d rows, config.json says %d: taking %d", rows[0], decoder.vocab_size, rows[0])
         decoder = replace(decoder, vocab_size=rows[0])
     return replace(config, decoder=decoder)
+
+
+def _with_the_heads_place(decoder: DecoderConfig, sources: dict[str, Source]) -> DecoderConfig:
+    """``decoder`` as the tensors have its head; ``sources`` are left with one tensor of a tied pair."""
+    stated, embedding, head = decoder.tie_word_embeddings, sources.get(EMBEDDING), sources.get(HEAD)
+    if stated and head is not None and embedding is None:
+        sources[EMBEDDING] = replace(head, where=replace(head.where, name=EMBEDDING))
+        del sources[HEAD]
+    elif head is not None and embedding is not None and equal(embedding, head):
+        del sources[HEAD]
+    elif head is None and not stated:
+        logger.warning("config.json says that the head is not the embedding, but %s", HEAD_LOST)
+    elif head is not None and stated:
+        logger.info("the weights have a separate head, whatever config.json says")
+    return replace(decoder, tie_word_embeddings=HEAD not in sources)
 
 
 def empty_model(config: VlmConfig) -> Vlm:

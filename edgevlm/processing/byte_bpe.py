@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,13 @@ def build_byte_bpe(folder: Path) -> Tokenizer:
 
 
 def how_to_convert(folder: Path) -> str:
-    """The command that writes a tokenizer.json."""
+    """The command that writes a tokenizer.json, for a shell to take as it stands."""
     code = (
         f"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained('converted')"
     )
     return (
         "Convert it once on any machine with `pip install transformers sentencepiece`, and copy "
-        f'converted/tokenizer.json into the folder: python -c "{code}"'
+        f"converted/tokenizer.json into the folder: python -c {shlex.quote(code)}"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgevlm.processing.resample import Float
 
 Grid = tuple[int, int]
@@ -25,6 +27,6 @@ class Picture:
     @classmethod
     def of(cls, pixel_values: Float, grid: Grid = (1, 1)) -> Picture:
         """Name the pixels by their hash (about half a millisecond per million bytes)."""
-        digest = hashlib.sha256(pixel_values.tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(pixel_values).data)
         digest.update(repr((pixel_values.shape, grid)).encode())
         return cls(pixel_values, grid, digest.hexdigest())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,13 +98,6 @@ class Processor:
     def image_token_id(self) -> int:
         """The id that stands where vision rows go."""
         return self.tokenizer.token_id(self.prompt_spec.image_token)
-
-    def without_tiles(self) -> Processor:
-        """The same, but every picture is one view: fewer vision tokens, and small writing is lost."""
-        split = self.image_spec.split
-        if not isinstance(split, (Idefics3Tiles, NanoVlmTiles)):
-            return self
-        return replace(self, image_spec=replace(self.image_spec, split=replace(split, enabled=False)))
 
     def prepare(self, source: ImageSource) -> Picture:
         """The views of a picture; raises what ``load_image`` raises, InputError for one too small to cut."""

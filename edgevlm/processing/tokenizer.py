@@ -107,14 +107,20 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of ``token``.  Raises ConfigError when the vocabulary does not have it."""
-        id = self._inner.token_to_id(token)
+        id = self._find(token)
         if id is None:
             raise ConfigError(f"the tokenizer has no token {token!r} among its {self.vocab_size:,}")
         return id
 
     def has(self, token: str) -> bool:
         """Whether the vocabulary has ``token``."""
-        return self._inner.token_to_id(token) is not None
+        return self._find(token) is not None
+
+    def _find(self, token: str) -> int | None:
+        try:
+            return self._inner.token_to_id(token)
+        except UnicodeEncodeError:  # half a character, which JSON can write and no vocabulary has
+            return None
 
     def token(self, id: int) -> str | None:
         """The vocabulary's own spelling of ``id`` (byte-level ones write a blank as ``Ġ``), if it has one."""
@@ -131,12 +137,18 @@ class Tokenizer:
         return Tokenizer(blind)
 
     def with_special(self, *tokens: str) -> Tokenizer:
-        """The same tokenizer, which reads each of ``tokens`` as one special token, new ones with the next free ids."""
+        """The same tokenizer, which reads each of ``tokens`` as one special token, new ones with the next free ids.
+
+        Raises ConfigError for one that is not Unicode.
+        """
         new = [token for token in tokens if token not in self.added_tokens or not self.added_tokens[token].special]
         if not new:
             return self
         extended = tokenizers.Tokenizer.from_str(self._inner.to_str())
-        extended.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in new])
+        try:
+            extended.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in new])
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"half a character in one of the special tokens {new}; expected UTF-8") from error
         return Tokenizer(extended)
 
     def save(self, path: str | Path) -> None:

@@ -11,7 +11,10 @@ from edgevlm.processing.images import ImageSource
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
-    """Pictures in the order of time, sampled already (one per second is what models are trained with)."""
+    """Pictures in the order of time, sampled already; models are trained with one a second.
+
+    ``edgevlm.processing.frames.sample_frames`` says which of a video's frames those are.
+    """
 
     frames: Sequence[ImageSource]
 

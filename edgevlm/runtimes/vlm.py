@@ -200,15 +200,19 @@ class RuntimeVlm:
     def _load(self, image: ImageSource | Video | None, clock: StageClock) -> Picture | None:
         if image is None:
             return None
-        frames = image.frames if isinstance(image, Video) else (image,)
-        if isinstance(image, Video) and self.fusion is None:
-            raise UnsupportedError(f"{self.name} reads pictures, not videos: ask about one frame (--image)")
+        if isinstance(image, Video):
+            return self._load_video(image, clock)
         with clock.stage("load_image"):
-            loaded = [load_image(frame, self.processor.limits) for frame in frames]
+            loaded = load_image(image, self.processor.limits)
         with clock.stage("preprocess"):
-            if isinstance(image, Video):
-                return self.processor.prepare_video(loaded)
-            return self.processor.prepare(loaded[0])
+            return self.processor.prepare(loaded)
+
+    def _load_video(self, video: Video, clock: StageClock) -> Picture:
+        """Frame by frame, so that one at a time is in memory at its full size."""
+        if self.fusion is None:
+            raise UnsupportedError(f"{self.name} reads pictures, not videos: ask about one frame (--image)")
+        with clock.stage("preprocess"):
+            return self.processor.prepare_video(video.frames)
 
     def _prompt(self, conversation: Conversation, clock: StageClock) -> PromptRows:
         with clock.stage("preprocess"):

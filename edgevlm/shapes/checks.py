@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from edgevlm.core.errors import ConfigError
 
 
@@ -10,6 +12,13 @@ def check_positive(config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}")
+
+
+def check_above_zero(config: object, *names: str) -> None:
+    """Raise ConfigError unless every named field is a number above 0 and below infinity."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(f"{type(config).__name__}.{name} must be above 0 and finite, got {getattr(config, name)}")
 
 
 def check_heads(config: object, width: int, num_heads: int) -> None:

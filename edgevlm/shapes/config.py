@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgevlm.core.errors import ConfigError
-from edgevlm.shapes.checks import check_heads, check_positive
+from edgevlm.shapes.checks import check_above_zero, check_heads, check_positive
 from edgevlm.shapes.fastvit import FastVitConfig
 from edgevlm.shapes.fusion import FusionConfig
 from edgevlm.shapes.stem_vit import StemVitConfig
@@ -90,6 +90,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
         check_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        check_above_zero(self, "rms_norm_eps", "rope_theta")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -123,6 +124,7 @@ class VitConfig:
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "patch_size", "hidden_size", "intermediate_size")
         check_positive(self, "num_hidden_layers", "num_attention_heads")
+        check_above_zero(self, "layer_norm_eps")
         if self.image_size < self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         check_heads(self, self.hidden_size, self.num_attention_heads)
@@ -196,6 +198,7 @@ class MlpConfig:
     hidden_size: int | None = None
     bias: bool = True
     final_gelu: bool = False  # a GELU after the last Linear (NanoVLMs)
+    end_row: bool = False  # a learned row behind those of the features (LLaVA-NeXT's image_newline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +266,10 @@ class VlmConfig:
                 f"fusion needs a projector of type mlp and rotary positions, found {self.projector.type} and "
                 f"{self.decoder.positions}: the compressor reduces the tokens, and text continues the cached positions"
             )
+        if self.fusion is not None and isinstance(self.projector, MlpConfig) and self.projector.end_row:
+            raise ConfigError(
+                "fusion has no place for a projector's end_row: the compressor decides how many rows there are"
+            )
 
     @property
     def num_vision_tokens(self) -> int:
@@ -272,7 +279,7 @@ class VlmConfig:
         if isinstance(self.projector, QueriesConfig):
             return self.projector.num_queries
         side = self.vision.grid_size // self.projector.factor
-        return side * side
+        return side * side + (isinstance(self.projector, MlpConfig) and self.projector.end_row)
 
     @property
     def num_views(self) -> int:

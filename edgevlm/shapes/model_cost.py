@@ -7,6 +7,7 @@ from dataclasses import replace
 from edgevlm.shapes.config import (
     DecoderConfig,
     FusionConfig,
+    MlpConfig,
     QueriesConfig,
     UnshuffleConfig,
     VlmConfig,
@@ -85,11 +86,13 @@ def projector_cost(config: VlmConfig) -> Cost:
     if isinstance(projector, QueriesConfig):
         return queries_cost(projector, features, features_size, width)
     inputs = features_size * projector.factor**2 if isinstance(projector, UnshuffleConfig) else features_size
-    rows = num_fusion_rows(config, config.fusion) if config.fusion else config.num_vision_tokens
+    end_row = table(1, width) if isinstance(projector, MlpConfig) and projector.end_row else NOTHING
+    rows = num_fusion_rows(config, config.fusion) if config.fusion else features // projector.factor**2
     if projector.num_layers == 1:
-        return linear(rows, inputs, width, bias=projector.bias)
+        return linear(rows, inputs, width, bias=projector.bias) + end_row
     inner = projector.hidden_size or width
-    return linear(rows, inputs, inner, bias=projector.bias) + linear(rows, inner, width, bias=projector.bias)
+    first, second = linear(rows, inputs, inner, bias=projector.bias), linear(rows, inner, width, bias=projector.bias)
+    return first + second + end_row
 
 
 def queries_cost(config: QueriesConfig, features: int, size: int, width: int) -> Cost:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgevlm.core.errors import ConfigError
-from edgevlm.shapes.checks import check_heads, check_positive
+from edgevlm.shapes.checks import check_above_zero, check_heads, check_positive
 
 STEM_CHANNELS = (32, 64)
 MLP_RATIO = 4
@@ -33,6 +33,7 @@ class StemVitConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_above_zero(self, "layer_norm_eps")
         check_heads(self, self.hidden_size, self.num_attention_heads)
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import edgevlm
 from edgevlm.bundle.read import read_bundle
+from edgevlm.families.card import bundle_card
 
 IDS = {"<s>": 256, "</s>": 257}
 CLIP = {
@@ -142,3 +143,20 @@ def test_a_checkpoint_becomes_a_bundle_that_passes_the_gate_and_answers(
     with edgevlm.open_bundle(root) as vlm:
         found = vlm.ask(picture, "What is it?", max_tokens=8).text
     assert found == edgevlm.load_model(folder).open().ask(picture, "What is it?", max_tokens=8).text
+
+
+def test_a_bundle_has_the_card_of_the_model_as_it_was_exported(
+    tmp_path: Path, tiny_tokenizer: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    mqt(folder)  # its encoder is described in a folder of its own, which no bundle holds
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))  # the weights know better
+    tiny_tokenizer(folder, IDS, bos_token="<s>", eos_token="</s>")
+    options: dict[str, Any] = {"vision_tokens": 4, "max_context": 300}
+    bundle = read_bundle(edgevlm.export_bundle(folder, out=tmp_path / "model.bundle", **options))
+    card = bundle_card(bundle)
+    assert (card.name, card.family, card.vision_tokens, card.max_context) == ("model", "mqt", 4, 300)
+    assert {part.part: part.type for part in card.parts}["lm_head"] == "own weights"
+    assert card.config == edgevlm.load_model(folder, **options).model.config

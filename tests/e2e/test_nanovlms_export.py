@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,12 @@ from typer.testing import CliRunner
 
 from edgevlm.bundle.read import read_bundle
 from edgevlm.cli.app import app
-from edgevlm.core.config import to_json
-from edgevlm.distill.vocabulary import END, IMAGE, save_tokenizer, texts_of, train_tokenizer
+from edgevlm.distill.vocabulary import save_tokenizer, texts_of, train_tokenizer
 from edgevlm.evaluation.scenes import make_scene, render
-from edgevlm.families.nanovlms import CONTINUATION_TEMPLATE, nanovlms
-from edgevlm.families.native import ProcessorFile
+from edgevlm.families.nanovlms import nanovlms, write_processor
 from edgevlm.models.checkpoint import load_model, save_native
 from edgevlm.models.vlm import Vlm
 from edgevlm.processing.chat import user_message
-from edgevlm.processing.image_spec import ImageSpec
-from edgevlm.processing.processor import PromptSpec
 from edgevlm.runtimes.open import open_bundle
 
 
@@ -31,12 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mini")
     tokenizer = train_tokenizer((t for i in range(50) for t in texts_of(make_scene(1, i))), 2048)
     save_tokenizer(tokenizer, folder)
-    (folder / "chat_template.jinja").write_text(CONTINUATION_TEMPLATE)
-    half = (0.5, 0.5, 0.5)
-    image = ImageSpec(height=224, width=224, fit="stretch", filter="bicubic", mean=half, std=half)
-    stop = (tokenizer.token_to_id(END),)
-    prompt = PromptSpec(image_token=IMAGE, num_vision_tokens=1, stop_token_ids=stop)
-    (folder / "processor.json").write_text(to_json(ProcessorFile(image=asdict(image), prompt=asdict(prompt))))
+    write_processor(folder, nanovlms("mini"))
     model = Vlm(nanovlms("mini"))
     model.initialize(0)
     torch.manual_seed(0)

@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgevlm.models.kv_cache import KVCache
+from edgevlm.models.vlm import Vlm
+
 Spread = Callable[..., nn.Module]
 Close = Callable[..., float]
+Steps = Callable[..., list[int]]
+NUM_STEPS = 10
 
 
 @pytest.fixture
@@ -69,5 +74,29 @@ def assert_close() -> Close:
         distance = float((found - reference).abs().max()) / scale
         assert distance <= tolerance, f"{distance:.2e} of {scale:.2f}, allowed {tolerance:.0e}"
         return distance
+
+    return check
+
+
+@pytest.fixture
+def assert_same_steps(assert_close: Close) -> Steps:
+    """Assert that the logits of a prompt, of ten decode steps and the greedy ids are the reference's; gives the ids.
+
+    ``rows`` (1, T, D) are the prompt's embeddings as ours, ``reference`` gives the logits (T + n, V) of the prompt and
+    n ids behind it, all anew.
+    """
+
+    def check(model: Vlm, rows: Tensor, reference: Callable[[list[int]], Tensor], tolerance: float = 2e-5) -> list[int]:
+        cache, ids = KVCache(model.config.decoder), list[int]()
+        found, expected = model(rows, cache)[0], reference(ids)
+        assert_close(found, expected, tolerance)
+        for _ in range(NUM_STEPS):
+            ids.append(int(expected[-1].argmax()))
+            assert int(found[-1].argmax()) == ids[-1]
+            found, expected = model(model.embed_tokens(torch.tensor([[ids[-1]]])), cache)[0], reference(ids)
+            assert_close(found, expected[-1:], tolerance)
+        assert int(found[-1].argmax()) == int(expected[-1].argmax())
+        assert len(set(ids)) > 1  # one token for ever would say little
+        return ids
 
     return check

@@ -230,6 +230,30 @@ def test_rows_and_logits_equal_the_reference(
         assert_close(model(found[None]), logits)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "num_frames"), [(1, 1), (2, 1), (1, 3), (2, 2)], ids=["image", "hd", "video", "hd-video"]
+)
+@torch.no_grad()
+def test_logits_and_ten_greedy_steps_equal_the_reference(
+    ratio: int,
+    num_frames: int,
+    spread_out: Callable[..., nn.Module],
+    assert_same_steps: Callable[..., list[int]],
+    tmp_path: Path,
+) -> None:
+    """What the model says goes on behind the fused rows as plain embeddings."""
+    theirs = reference(2, ratio, spread_out)
+    model, ids = ours(theirs, 2, tmp_path), prompt(17, 6, 2)
+    frames = [pixels(model.config.num_views, seed) for seed in range(num_frames)]
+    (rows,) = theirs.llm_input(frames, ids[None])
+
+    def logits(generated: list[int]) -> Tensor:
+        after = theirs.lm.model.embed_tokens(torch.tensor(generated, dtype=torch.long))
+        return theirs.lm(inputs_embeds=torch.cat((rows, after))[None]).logits[0]
+
+    assert_same_steps(model, our_rows(model, frames, ids)[None], logits)
+
+
 @pytest.mark.parametrize("place", [0, 9])
 @torch.no_grad()
 def test_the_placeholder_may_be_first_or_last(

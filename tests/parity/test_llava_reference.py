@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.llava import FAMILY
 from edgevlm.models.checkpoint import Checkpoint, load_model
-from edgevlm.models.kv_cache import KVCache
 from edgevlm.models.vlm import Vlm
 
-SIDE, STEPS = 32, 10
+SIDE = 32
+ONE_TILE = [[0, 0]]  # a grid without tiles leaves the picture as a whole
 IDS = {"<s>": 256, "</s>": 257, "<image>": 258}
 VISION = {
     "image_size": SIDE,
@@ -75,6 +76,7 @@ MODELS: Mapping[str, tuple[Any, tuple[Any, str, int], str, dict[str, Any]]] = {
 }
 LAYOUTS = ("as saved", "in shards", "transformers 5", "transformers 4", "original")
 Close = Callable[..., float]
+Steps = Callable[..., list[int]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def make_reference(name: str) -> nn.Module:
         vision_feature_layer=layer,
         attn_implementation="eager",
         tie_word_embeddings=changes.get("tie_word_embeddings", False),
+        **({"image_grid_pinpoints": ONE_TILE} if kind is LlavaNextConfig else {}),
     )
     return LlavaForConditionalGeneration(config) if kind is LlavaConfig else LlavaNextForConditionalGeneration(config)
 
@@ -159,27 +162,28 @@ def load(
         write(reference, tmp_path, layout)
         tiny_tokenizer(tmp_path, IDS, bos_token="<s>", eos_token="</s>")
         pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-        return Pair(reference, load_model(tmp_path), pixels, prompt_ids(16))
+        num_tokens = 16 + isinstance(reference, LlavaNextForConditionalGeneration)
+        return Pair(reference, load_model(tmp_path), pixels, prompt_ids(num_tokens))
 
     return make
 
 
+def picture_inputs(pair: Pair) -> dict[str, Any]:
+    """The picture as transformers' forward wants it: of LLaVA-NeXT as a stack of one tile."""
+    if isinstance(pair.reference, LlavaForConditionalGeneration):
+        return {"pixel_values": pair.pixels}
+    return {"pixel_values": pair.pixels[None], "image_sizes": torch.tensor([[SIDE, SIDE]])}
+
+
 def reference_tokens(pair: Pair) -> Tensor:
-    """transformers' vision tokens (1, N, D); of LLaVA-NeXT without the row that would end a line of tiles."""
-    model = pair.reference.model
-    if isinstance(pair.reference, LlavaForConditionalGeneration):
-        return model.get_image_features(pair.pixels).pooler_output[0][None]
-    config = pair.reference.config
-    hidden = model.vision_tower(pair.pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
-    return model.multi_modal_projector(hidden[:, 1:])
+    """transformers' vision tokens (1, N, D)."""
+    return pair.reference.model.get_image_features(**picture_inputs(pair)).pooler_output[0][None]
 
 
-def reference_logits(pair: Pair, ids: Tensor) -> Tensor:
-    if isinstance(pair.reference, LlavaForConditionalGeneration):
-        return pair.reference(input_ids=ids, pixel_values=pair.pixels).logits
-    embeds = pair.reference.get_input_embeddings()(ids)
-    embeds[ids == IDS["<image>"]] = reference_tokens(pair)[0]
-    return pair.reference(inputs_embeds=embeds).logits
+def reference_logits(pair: Pair, generated: list[int]) -> Tensor:
+    """transformers' logits (T, V) of the prompt and what came after; it refuses another number of image tokens."""
+    ids = torch.cat((pair.ids, torch.tensor([generated], dtype=torch.long)), 1)
+    return pair.reference(input_ids=ids, **picture_inputs(pair)).logits[0]
 
 
 @pytest.mark.parametrize(
@@ -193,25 +197,28 @@ def reference_logits(pair: Pair, ids: Tensor) -> Tensor:
 )
 @torch.no_grad()
 def test_vision_tokens_logits_and_ten_greedy_steps_equal_transformers(
-    name: str, layout: str, load: Callable[[str, str], Pair], assert_close: Close
+    name: str, layout: str, load: Callable[[str, str], Pair], assert_close: Close, assert_same_steps: Steps
 ) -> None:
     pair = load(name, layout)
-    ours, tokens = pair.checkpoint.model, reference_tokens(pair)
-    assert_close(ours.encode(pair.pixels), tokens)
+    ours = pair.checkpoint.model
+    assert_close(ours.encode(pair.pixels), reference_tokens(pair))
     rows = ours.embed_tokens(pair.ids)
     rows[pair.ids == IDS["<image>"]] = ours.encode(pair.pixels)[0]
-    cache = KVCache(ours.config.decoder)
-    prefill, ids = ours(rows, cache), pair.ids
-    assert_close(prefill, reference_logits(pair, ids))
-    logits = prefill[0, -1]
-    for _ in range(STEPS):
-        expected = reference_logits(pair, ids)[0, -1]
-        assert_close(logits, expected)
-        token = expected.argmax().view(1, 1)
-        assert logits.argmax() == token
-        ids = torch.cat((ids, token), 1)
-        logits = ours(ours.embed_tokens(token), cache)[0, -1]
-    assert len(set(ids[0, -STEPS:].tolist())) > 1  # one token for ever would say little
+    assert_same_steps(ours, rows, partial(reference_logits, pair))
+
+
+@torch.no_grad()
+def test_a_single_tile_ends_with_a_row_unless_the_config_says_so(
+    load: Callable[[str, str], Pair], tmp_path: Path
+) -> None:
+    pair = load("next-clip-mistral", "as saved")
+    ours = pair.checkpoint.model
+    assert torch.equal(ours.encode(pair.pixels)[0, -1], pair.reference.model.image_newline)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_image_newline_parameter": False}))
+    without = load_model(tmp_path)
+    assert without.processor.prompt_spec.num_vision_tokens == 16
+    assert torch.equal(without.model.encode(pair.pixels), ours.encode(pair.pixels)[:, :16])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -20,6 +20,7 @@ from edgevlm.families.mqt import num_queries, place_queries
 from edgevlm.models.checkpoint import load_model
 from edgevlm.models.projectors.queries import QueryProjector
 from edgevlm.models.vision.reparameterize import bake
+from edgevlm.processing.chat import user_message
 from edgevlm.shapes.config import DecoderConfig, QueriesConfig, VitConfig, VlmConfig
 
 WIDTH, D, HEADS, SIDE = 128, 48, 16, 24
@@ -185,7 +186,7 @@ def write_checkpoint(folder: Path, tower: nn.Module, abstractor: nn.Module, deco
 
 @pytest.mark.parametrize(("asked", "m"), [(None, 256), (36, 36)])
 @torch.no_grad()
-def test_a_checkpoint_gives_the_tokens_of_its_parts(
+def test_a_checkpoint_gives_the_tokens_logits_and_ten_greedy_steps_of_its_parts(
     asked: int | None,
     m: int,
     reference: nn.Module,
@@ -193,6 +194,7 @@ def test_a_checkpoint_gives_the_tokens_of_its_parts(
     tiny_tokenizer: Callable[..., Path],
     spread_out: Spread,
     assert_close: Close,
+    assert_same_steps: Callable[..., list[int]],
 ) -> None:
     reference.pos_embed.copy_(reference.pos_embed.half())  # what is stored, and so what the model computes with
     vision = {"image_size": 48, "patch_size": 2, "hidden_size": WIDTH, "intermediate_size": 64}
@@ -203,9 +205,21 @@ def test_a_checkpoint_gives_the_tokens_of_its_parts(
     write_checkpoint(tmp_path, tower, reference, decoder)
     tiny_tokenizer(tmp_path, {"<s>": 256, "</s>": 257}, bos_token="<s>", eos_token="</s>")
     checkpoint = load_model(tmp_path, vision_tokens=asked)
-    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-    features = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    assert_close(checkpoint.model.encode(pixels), reference(features, m)[0])
+    model, processor = checkpoint.model, checkpoint.processor
+    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    tokens = reference(tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:], m)[0]
+    assert_close(model.encode(pixels), tokens)
+
+    ids = torch.from_numpy(processor.input_ids([user_message("What is it?", num_images=1)]))
+    is_image, table = ids == processor.image_token_id, decoder.get_input_embeddings()
+    theirs, rows = table(ids), model.embed_tokens(ids)
+    theirs[is_image], rows[is_image] = tokens[0], model.encode(pixels)[0]
+
+    def logits(generated: list[int]) -> Tensor:
+        after = table(torch.tensor(generated, dtype=torch.long))
+        return decoder(inputs_embeds=torch.cat((theirs, after))[None]).logits[0]
+
+    assert_same_steps(model, rows[None], logits)
     assert (checkpoint.family, checkpoint.processor.prompt_spec.num_vision_tokens) == ("mqt", m)
     with pytest.raises(UnsupportedError, match="256 at most"):
         load_model(tmp_path, vision_tokens=257)

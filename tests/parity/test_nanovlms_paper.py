@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ def spread(config: VlmConfig) -> Vlm:
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
+    model.embed_tokens.weight.data *= 20.0  # rows of the size of the vision tokens
     return model.eval()
 
 
@@ -108,18 +110,17 @@ def inside(w: Weights, part: str) -> Weights:
     return {name.removeprefix(f"{part}."): tensor for name, tensor in w.items() if name.startswith(f"{part}.")}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"connector": "linear"},
-        {"stem": "image"},
-        {"visual_tokens": "all"},
-        {"stem": "image", "visual_tokens": "all", "connector": "linear"},
-    ],
-    ids=str,
+OPTIONS: tuple[dict[str, str], ...] = (
+    {},
+    {"connector": "linear"},
+    {"stem": "image"},
+    {"visual_tokens": "all"},
+    {"stem": "image", "visual_tokens": "all", "connector": "linear"},
 )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_pictures_and_text_give_the_logits_of_the_formulas(options: dict[str, str]) -> None:
     config = small(**options)
     model = spread(config)
@@ -135,6 +136,26 @@ def test_pictures_and_text_give_the_logits_of_the_formulas(options: dict[str, st
         expected = logits(torch.cat((seen, w["embed_tokens.weight"][ids[number]])), w, config)
         scale = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found[number].double(), expected, atol=1e-5 * scale, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_ten_greedy_steps_are_those_of_the_formulas(
+    options: dict[str, str], assert_same_steps: Callable[..., list[int]]
+) -> None:
+    config = small(**options)
+    model = spread(config)
+    pixels, ids = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randint(0, 60, (9,))
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    assert isinstance(config.vision, StemVitConfig)
+    seen = connect(see(pixels[0].double(), inside(w, "vision_encoder"), config.vision), inside(w, "projector"))
+
+    def reference(generated: list[int]) -> Tensor:
+        text = w["embed_tokens.weight"][[*ids.tolist(), *generated]]
+        return logits(torch.cat((seen, text)), w, config)
+
+    rows = torch.cat((model.encode(pixels)[0], model.embed_tokens(ids)))
+    assert_same_steps(model, rows[None], reference)
 
 
 @torch.no_grad()

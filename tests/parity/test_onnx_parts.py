@@ -71,6 +71,7 @@ ENCODERS = {
     "hybrid-mlp": (HYBRID, MlpConfig()),
     "hybrid-pool": (HYBRID, PoolConfig()),
     "vit-unshuffle": (VIT, UnshuffleConfig()),
+    "vit-end-row": (VIT, MlpConfig(end_row=True)),
     "stem-of-patches": (STEM, MlpConfig(num_layers=1, final_gelu=True)),
     "stem-of-the-image": (replace(STEM, stem="image", visual_tokens="all"), PoolConfig()),
 }

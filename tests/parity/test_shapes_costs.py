@@ -65,6 +65,7 @@ MODELS: dict[str, VlmConfig] = {
         vision=VIT, projector=UnshuffleConfig(num_layers=1, bias=False), decoder=DECODER
     ),
     "clip": VlmConfig(vision=CLIP, projector=MlpConfig(), decoder=replace(DECODER, tie_word_embeddings=False)),
+    "clip with a row at the end": VlmConfig(vision=CLIP, projector=MlpConfig(end_row=True), decoder=DECODER),
     "hybrid": VlmConfig(vision=HYBRID, projector=PoolConfig(), decoder=replace(DECODER, attention_bias=True)),
     "folded hybrid": VlmConfig(
         vision=replace(HYBRID, reparameterized=True), projector=PoolConfig(), decoder=replace(DECODER, qk_norm=True)

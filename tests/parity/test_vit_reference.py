@@ -106,7 +106,7 @@ def test_a_strange_name_has_no_place(name: str) -> None:
     ("values", "kind", "layer", "words"),
     [
         ({}, "clip_vison_model", -2, "Did you mean 'clip_vision_model'"),
-        ({"hidden_act": "relu"}, CLIP, -2, "hidden_act 'relu'; known: gelu"),
+        ({"hidden_act": "relu"}, CLIP, -2, "hidden_act is 'relu'; expected 'gelu'"),
         ({}, CLIP, [-2, -5], r"features of several layers \(\[-2, -5\]\)"),
     ],
 )

@@ -361,6 +361,18 @@ def test_progress_in_a_log_speaks_only_of_slow_work(
         assert capsys.readouterr().err == "hashing: 4 of 10 (14 s)\n"
 
 
+def test_steps_that_are_left_out_count_as_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_AFTER_S", 0)
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0)
+    with console.steps("export", ("load", "fusion", "verify")) as begin:
+        begin("load")
+        begin("verify")
+    shown = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["export: 0 of 3", "  load", "export: 2 of 3", "  verify", "export: 3 of 3"]
+
+
 def test_progress_is_silent_when_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.settings, "quiet", True)
     with console.progress("hashing", 10) as advance:

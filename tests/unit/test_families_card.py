@@ -16,6 +16,30 @@ from edgevlm.families.folder import ModelFolder
 from edgevlm.shapes.config import HybridConfig
 from edgevlm.shipped import find_weights
 
+IDEFICS3 = {
+    "model_type": "idefics3",
+    "scale_factor": 2,
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+    },
+}
+
 
 @pytest.fixture
 def config_alone(tmp_path: Path, tiny_checkpoint: Path) -> ModelFolder:
@@ -64,3 +88,22 @@ def test_the_verb_prints_the_card_without_torch_and_without_weights(config_alone
     found = subprocess.run([sys.executable, "-c", program, str(config_alone.path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["targets"] == ["onnx"]
+
+
+def test_tiles_are_counted_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(IDEFICS3))
+    (tmp_path / "tokenizer.json").write_text("broken")  # never looked at
+    counts = make_card(ModelFolder(tmp_path), name="mine").vision_tokens_by_picture
+    assert counts["512x512"] == 17 * 4
+    tiles = {"image_processor_type": "SmolVLMImageProcessor", "max_image_size": {"longest_edge": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**tiles, "size": {"longest_edge": 128}}))
+    counts = make_card(ModelFolder(tmp_path)).vision_tokens_by_picture
+    assert (counts["512x512"], counts["1080x1920"]) == (5 * 4, 5 * 4)
+
+
+def test_what_stands_in_a_folder_is_read_once(tmp_path: Path) -> None:
+    folder = ModelFolder(tmp_path)
+    assert folder.json("a.json") == folder.json("a.json") == {}
+    (tmp_path / "b.json").write_text('{"a": 1}')
+    assert folder.json("b.json") is folder.json("b.json")
+    assert (folder.tensor_names, folder.tensor("x")) == (frozenset(), None)

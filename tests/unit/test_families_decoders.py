@@ -99,7 +99,7 @@ def test_the_context_ends_where_a_window_would_slide(kind: str, values: dict[str
     [
         ("lama", {}, "Did you mean 'llama'"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "of type 'yarn'; known: default, llama3"),
     ],
 )

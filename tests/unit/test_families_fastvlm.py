@@ -99,7 +99,7 @@ def test_other_proportions_of_the_encoder_can_be_given(tmp_path: Path) -> None:
     [
         (LLAVA, {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "mm_vision_tower is 'openai/clip-vit"),
         (LLAVA, {"mm_vision_tower": None}, "mm_vision_tower is None"),
-        (LLAVA, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'; known: pad, square"),
+        (LLAVA, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'; expected 'pad' or 'square'"),
         (LLAVA, {"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; expected 'mlp2x_gelu'"),
         (LLAVA, {"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         (HUB, {"vision_feature_layer": -2}, "vision_feature_layer is -2; expected -1"),

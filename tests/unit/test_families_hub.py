@@ -13,10 +13,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
+from edgevlm.cli.app import app
 from edgevlm.core.errors import InputError, MissingLibraryError, UnsupportedError, UsageError
 from edgevlm.export.provenance import provenance
+from edgevlm.families.card import make_card
+from edgevlm.families.folder import ModelFolder
 from edgevlm.families.hub import find_model, hub_id
+from edgevlm.families.licence import read_licence
 from edgevlm.models.checkpoint import load_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -255,3 +260,60 @@ def test_a_revision_belongs_to_a_hub_id_and_is_said_once() -> None:
         find_model("nano", revision="main")
     with pytest.raises(UsageError, match="give one of the two"):
         find_model("a/b@v1", revision="v2")
+
+
+def as_llava(hub: Hub, names: list[str], **config: object) -> None:
+    """LLaVA's layout as it lies on the hub, in two shards that nobody has fetched."""
+    decoder = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    decoder |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    tower = {"mm_vision_tower": "openai/clip-vit-base-patch32", "mm_projector_type": "mlp2x_gelu"}
+    (hub.folder / "config.json").write_text(json.dumps({**decoder, "rms_norm_eps": 1e-5, **tower, **config}))
+    (hub.folder / "model.safetensors").unlink()
+    index = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(names)}
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+VISION = "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"model_type": "llava_llama"}, 49),
+        ({"model_type": "llava", "num_visual_tokens": 9}, 9),
+        ({"model_type": "llava_mini_llama", "compressor_size": 3}, 9),
+    ],
+)
+def test_a_card_takes_the_index_and_no_shard(hub: Hub, config: dict[str, object], tokens: int) -> None:
+    as_llava(hub, [VISION, "model.compressor.query", "model.embed_tokens.weight"], **config)
+    result = CliRunner().invoke(app, ["inspect", f"{REPOSITORY}@v1", "--json"])
+    assert result.exit_code == 0, result.output
+    card = json.loads(result.stdout)
+    assert (card["name"], card["vision_tokens"]) == ("tiny-vlm", tokens)
+    assert not any(name.endswith(".safetensors") for name in hub.asked)
+
+
+def test_an_index_without_the_vision_encoder_is_told_before_a_shard_is_fetched(hub: Hub) -> None:
+    as_llava(hub, ["model.embed_tokens.weight"], model_type="llava_llama")
+    with pytest.raises(UnsupportedError, match="the weights of the vision encoder"):
+        make_card(ModelFolder(find_model(REPOSITORY, weights=False).folder))
+
+
+def test_inspect_takes_a_revision_from_the_cache(hub: Hub) -> None:
+    arguments = ["inspect", REPOSITORY, "--offline", "--json"]
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert CliRunner().invoke(app, ["inspect", REPOSITORY, "--revision", "main"]).exit_code == 0
+    hub.asked.clear()
+    result = CliRunner().invoke(app, arguments)
+    assert json.loads(result.stdout)["name"] == "tiny-vlm"
+    assert hub.asked == []
+
+
+def test_every_text_of_a_licence_is_fetched_and_nothing_that_runs(hub: Hub) -> None:
+    texts = {"COPYING", "ACKNOWLEDGEMENTS.txt", "Acknowledgments", "Licence.md", "use_policy.md", "NOTICE"}
+    for name in (*texts, "license.py", "LICENSE.bin"):
+        (hub.folder / name).write_text("x")
+    found = read_licence(find_model(REPOSITORY, weights=False).folder)
+    assert found is not None
+    assert set(found.files) == {"LICENSE", *texts}
+    assert {"license.py", "LICENSE.bin"}.isdisjoint(hub.asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from edgevlm.core.errors import ConfigError, UnsupportedError
 from edgevlm.families.detect import family_of, model_type
-from edgevlm.families.family import NOT_NEEDED, Placement
+from edgevlm.families.family import NOT_NEEDED, Family, Placement
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.llava_layout import place_llava
 from edgevlm.processing.chat import user_message
@@ -124,6 +125,20 @@ def test_keys_tell_what_model_type_does_not(folder: Callable[..., ModelFolder], 
     assert model_type(folder(values)) == family
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_learned_queries_among_the_weights_tell_an_mqt_without_a_budget(
+    folder: Callable[..., ModelFolder], kind: str
+) -> None:
+    found = folder({**ORIGINAL, "model_type": kind})
+    shards = {"model.query_abstractor.query": "model-1.safetensors", LAYER_22: "model-2.safetensors"}
+    (found.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert model_type(found) == "mqt"
+    assert config_of(found).num_vision_tokens == 256
+    del shards["model.query_abstractor.query"]
+    (found.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert model_type(ModelFolder(found.path)) == "llava_llama"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -132,7 +147,7 @@ def test_keys_tell_what_model_type_does_not(folder: Callable[..., ModelFolder], 
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "would drop the first patch; expected 'full'"),
         ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
         ({"text_config": {"model_type": "gemma"}}, "gemma"),
-        ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'; expected 'gelu'"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; expected 'gelu'"),
     ],
 )
 def test_what_we_do_not_have_is_refused(folder: Callable[..., ModelFolder], changes: Any, words: str) -> None:
@@ -145,8 +160,8 @@ def test_what_we_do_not_have_is_refused(folder: Callable[..., ModelFolder], chan
     [
         ({"mm_vision_tower": "openai/clip-vit-large-patch14-338"}, "Did you mean 'clip-vit-large-patch14-336'"),
         ({"mm_vision_tower": None}, "put its config.json into"),
-        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'; expected 'patch'"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end True; expected False"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'; expected 'patch'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True; expected False"),
         ({"mm_projector_type": "mlp3x_gelu"}, "mlp3x_gelu"),
     ],
 )
@@ -165,10 +180,10 @@ def test_a_table_must_be_a_table(folder: Callable[..., ModelFolder]) -> None:
 def test_weights_without_their_vision_encoder_are_refused_by_its_name(folder: Callable[..., ModelFolder]) -> None:
     found = folder(ORIGINAL)
     save_file({"model.norm.weight": torch.zeros(1)}, found.path / "model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"\(openai/clip-vit-large-patch14-336\) are not in .*llava-hf"):
+    with pytest.raises(UnsupportedError, match=r"\('openai/clip-vit-large-patch14-336'\) are not in .*llava-hf"):
         config_of(found)
     save_file({LAYER_22: torch.zeros(1)}, found.path / "model.safetensors")
-    assert config_of(found).num_vision_tokens == 576
+    assert config_of(ModelFolder(found.path)).num_vision_tokens == 576
 
 
 def test_a_tower_is_described_by_a_folder_of_its_name(folder: Callable[..., ModelFolder]) -> None:
@@ -178,6 +193,26 @@ def test_a_tower_is_described_by_a_folder_of_its_name(folder: Callable[..., Mode
     vision = config_of(found).vision
     assert isinstance(vision, VitConfig)
     assert (vision.image_size, vision.patch_size, vision.hidden_size) == (64, 32, 768)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{"model_type": "siglip", "vision_config": {}}, {"vision_config": {"model_type": "siglip_vision_model"}}],
+)
+def test_a_described_tower_that_is_no_clip_is_refused(folder: Callable[..., ModelFolder], described: Any) -> None:
+    found = folder({**ORIGINAL, "mm_vision_tower": "google/siglip-base"})
+    (found.path / "siglip-base").mkdir()
+    (found.path / "siglip-base" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UnsupportedError, match=r"siglip-base.config.json: model_type is 'siglip.*; expected 'clip'"):
+        config_of(found)
+
+
+@pytest.mark.parametrize("name", ["a/..", "..", "a\\..", "."])
+def test_a_tower_is_not_described_outside_the_folder(folder: Callable[..., ModelFolder], name: str) -> None:
+    found = folder({**ORIGINAL, "mm_vision_tower": name})
+    (found.path.parent / "config.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match="no mm_vision_tower named"):
+        config_of(found)
 
 
 def test_the_original_projects_names_have_places(folder: Callable[..., ModelFolder]) -> None:
@@ -223,12 +258,31 @@ def test_without_a_template_the_prompt_is_vicunas(folder: Callable[..., ModelFol
     assert prompt(processor, first) == f"<s>{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
     answer, second = {"role": "assistant", "content": "A cat."}, user_message("Sure?")
     assert prompt(processor, first, answer, second) == (
-        f"<s>{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s> USER: Sure? ASSISTANT:"
+        f"<s>{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
     )
+    assert prompt(processor, first, second).endswith("What is it? USER: Sure? ASSISTANT:")
     system = {"role": "system", "content": "Be brief."}
     assert prompt(processor, system, first) == "<s>Be brief. USER: <image>\nWhat is it? ASSISTANT:"
     assert processor.prompt_spec.stop_token_ids == (257,)
     assert len(processor.image_positions(processor.input_ids([first]))) == 576
+
+
+def test_a_refusal_names_the_file_that_it_is_about(folder: Callable[..., ModelFolder]) -> None:
+    found = folder({**LLAVA_HF, "vision_config": {"image_size": 336, "patch_size": 14, "num_attention_heads": 7}})
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(found.path / 'config.json'))}: "):
+        config_of(found)
+    found = folder({**ORIGINAL, "mm_projector_type": ["linear"]})
+    with pytest.raises(UnsupportedError, match=f"^{re.escape(str(found.path / 'config.json'))}: no mm_projector_type"):
+        config_of(found)
+    refusing = Family(name="mine", config=refuse, processor=lambda folder, config: refuse(folder), place=place_llava)
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(found.path / 'config.json'))}: a field$"):
+        refusing.config(found)
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(found.path))}: a field$"):
+        refusing.processor(found, config_of(folder(ORIGINAL)))
+
+
+def refuse(folder: ModelFolder) -> Any:
+    raise ConfigError("a field")
 
 
 # The form of llava-hf's templates: no <s>, and contents are lists of parts.

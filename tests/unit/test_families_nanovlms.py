@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from edgevlm.core.config import from_mapping, from_recipe, to_plain
 from edgevlm.core.errors import ConfigError, UnsupportedError
 from edgevlm.distill.recipe import TrainRecipe
-from edgevlm.families.nanovlms import nanovlms
+from edgevlm.distill.vocabulary import END, save_tokenizer, train_tokenizer
+from edgevlm.families.nanovlms import nanovlms, write_processor
+from edgevlm.models.checkpoint import load_model
 from edgevlm.models.vlm import Vlm
 from edgevlm.shapes.config import DecoderConfig, Llama3Scaling, StemVitConfig, VlmConfig
 
@@ -98,6 +103,44 @@ def test_a_config_survives_being_written(name: str) -> None:
 def test_another_size_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match="known: base, large, mini"):
         nanovlms("huge")  # type: ignore[arg-type]
+
+
+def documented_lines() -> str:
+    """The Python of the section that says how to build one."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    section = text.split("## NanoVLMs: building one\n")[1].split("\n## ")[0]
+    (lines,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return str(lines)
+
+
+def test_the_documented_lines_build_a_model_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 40), "red").save("kitchen.jpg")
+    exec(documented_lines(), {})
+    assert capsys.readouterr().out.endswith("\n")
+    checkpoint = load_model(tmp_path / "nanovlms-mini")
+    image, prompt = checkpoint.processor.image_spec, checkpoint.processor.prompt_spec
+    assert checkpoint.model.config == nanovlms("mini")
+    assert (image.height, image.fit, image.mean, image.std) == (224, "stretch", (0.5,) * 3, (0.5,) * 3)
+    assert prompt.num_vision_tokens == 1
+    assert prompt.stop_token_ids == (checkpoint.processor.tokenizer.token_id(END),)
+
+
+def test_a_tokenizer_without_an_end_or_a_picture_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(["a cat"], 300), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|nowhere|>"}))
+    with pytest.raises(ConfigError, match=r"no token '<\|nowhere\|>'"):
+        write_processor(tmp_path, nanovlms("mini"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="names no eos_token"):
+        write_processor(tmp_path, nanovlms("mini"))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|image|>", "<|photo|>"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    with pytest.raises(ConfigError, match=r"no token '<\|image\|>'"):
+        write_processor(tmp_path, nanovlms("mini"))
 
 
 def test_weights_of_the_encoder_follow_from_the_seed() -> None:

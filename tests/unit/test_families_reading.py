@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,17 @@ def test_what_is_written_for_the_hub_is_read_back(spec: ImageSpec, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_processor_type": "PixtralImageProcessor"}, "PixtralImageProcessor is unknown; known: CLIP"),
-        ({"image_processor_type": None}, "none is unknown"),
+        (
+            {"image_processor_type": "PixtralImageProcessor"},
+            "named 'PixtralImageProcessor'; known: CLIP",
+        ),
+        ({"image_processor_type": None}, "no image_processor_type named 'none'"),
         ({"do_resize": False}, "do_resize is false"),
         ({"do_rescale": False}, "do_rescale is false"),
         ({"rescale_factor": 1 / 127.5}, "must be 1/255"),
         ({"rescale_factor": "1/255"}, "must be 1/255"),
+        ({"rescale_factor": float("nan")}, "must be 1/255"),
+        ({"image_mean": [0.5, 0.5, 10**400]}, "must be three numbers"),
         ({"resample": 9}, "resample must be one of"),
         ({"resample": True}, "resample must be one of"),
         ({"do_center_crop": False}, "sizes must be fixed"),
@@ -213,6 +219,21 @@ def test_sentencepiece_is_refused_with_the_way_out(tmp_path: Path) -> None:
         read_tokenizer(folder_with(tmp_path), placeholder="<image>")
 
 
+@pytest.mark.parametrize("name", ["$(id)", "it's", 'say "x"', "`id`", "a b;c", "\x1b[2J"])
+def test_the_way_out_is_one_command_whatever_the_folder_is_called(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(UnsupportedError) as raised:
+        Tokenizer.from_folder(folder)
+    command = str(raised.value).partition("into the folder: ")[2]
+    python, option, code = shlex.split(command)
+    assert (python, option) == ("python", "-c")
+    assert repr(str(folder)) in code
+    assert command.isprintable()
+    compile(code, "command", "exec")
+
+
 def test_another_kind_of_bpe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"names CLIPTokenizer; .*Qwen2Tokenizer and GPT2Tokenizer"):
         read_tokenizer(older_files(tmp_path, tokenizer_class="CLIPTokenizer"), placeholder="<image>")
@@ -261,6 +282,15 @@ def test_stop_ids_come_from_the_nearest_file_and_the_tokenizer(
     older_files(tmp_path)
     folder = folder_with(tmp_path, **files)
     assert read_stop_ids(folder, read_tokenizer(folder, placeholder="<image>")) == expected
+
+
+def test_the_tokens_that_a_family_ends_with_come_first_and_are_enough(tmp_path: Path) -> None:
+    folder = older_files(tmp_path, eos_token=None)
+    tokenizer = read_tokenizer(folder, placeholder="<end>")
+    end = tokenizer.token_id("<end>")
+    assert read_stop_ids(folder, tokenizer, known=("<end>", "<elsewhere>")) == (end,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, end]}))
+    assert read_stop_ids(ModelFolder(tmp_path), tokenizer, known=("<end>",)) == (end, 7)
 
 
 def test_a_folder_that_ends_no_answer_is_refused(tmp_path: Path) -> None:

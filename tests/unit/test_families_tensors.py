@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from edgevlm.core.errors import InputError, IntegrityError, UnsupportedError
+from edgevlm.families import tensors
+from edgevlm.families.folder import ModelFolder
 from edgevlm.families.tensors import INDEX, WEIGHTS, read_header, read_headers, weight_files
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(4, np.int64), "c": np.ones((), np.float16)}
@@ -58,6 +61,29 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
         "c": "model-2.safetensors",
     }
     assert [file.name for file in weight_files(found.values())] == ["model-1.safetensors", "model-2.safetensors"]
+
+
+def test_an_index_tells_the_names_where_shards_are_not_there(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    folder = ModelFolder(tmp_path)
+    assert folder.tensor_names == {"a", "b", "c"}
+    assert (folder.tensor("a"), folder.tensor("nothing")) == (None, None)
+    found = folder.tensor("b")
+    assert found is not None
+    assert found.shape == (4,)
+    with pytest.raises(IntegrityError, match="1 of 2 shards missing"):
+        _ = folder.tensors
+
+
+def test_one_header_is_read_once_for_all_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(TENSORS, tmp_path / WEIGHTS)
+    folder = ModelFolder(tmp_path)
+    counted = Mock(side_effect=read_header)
+    monkeypatch.setattr(tensors, "read_header", counted)
+    assert folder.tensor_names == {"a", "b", "c"}
+    assert folder.tensor("c") is folder.tensors["c"]
+    counted.assert_called_once_with(tmp_path / WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -242,5 +242,7 @@ def test_what_does_not_go_with_fusion_is_refused() -> None:
         VlmConfig(vision=VIT, projector=PoolConfig(), decoder=DECODER, fusion=FUSION)
     with pytest.raises(ConfigError, match="rotary positions, found mlp and learned"):
         VlmConfig(vision=VIT, projector=MlpConfig(), decoder=replace(DECODER, positions="learned"), fusion=FUSION)
+    with pytest.raises(ConfigError, match="no place for a projector's end_row"):
+        VlmConfig(vision=VIT, projector=MlpConfig(end_row=True), decoder=DECODER, fusion=FUSION)
     with pytest.raises(ConfigError, match="width 32 does not divide by 5 heads"):
         make(replace(FUSION, num_heads=5))

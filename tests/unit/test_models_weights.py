@@ -109,6 +109,41 @@ def test_the_tensors_decide_whether_the_head_is_tied(
     assert torch.equal(net.head_weight, stored.get("lm_head.weight", stored["embed_tokens.weight"]).float())
 
 
+def test_a_tied_pair_may_be_stored_as_its_head(folder: Path) -> None:
+    embedding = load_file(folder / WEIGHTS)["embed_tokens.weight"]
+    rewrite(folder, {"embed_tokens.weight": None, "lm_head.weight": embedding})
+    net = load_model(folder).model
+    assert net.lm_head is None
+    assert torch.equal(net.embed_tokens.weight, embedding)
+
+
+def test_a_head_does_not_stand_in_for_an_embedding_of_its_own(folder: Path) -> None:
+    edit_decoder(folder, tie_word_embeddings=False)
+    rewrite(folder, {"embed_tokens.weight": None, "lm_head.weight": torch.zeros(512, 64)})
+    with pytest.raises(IntegrityError, match=r"\(1 missing\): missing embed_tokens\.weight"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("stated", "head", "warns"),
+    [(False, None, True), (False, lambda embedding: embedding.clone(), False), (True, None, False)],
+    ids=["lost", "equal", "tied"],
+)
+def test_a_head_that_is_promised_and_not_there_is_a_warning(
+    folder: Path,
+    stated: bool,
+    head: Callable[[Tensor], Tensor] | None,
+    warns: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    edit_decoder(folder, tie_word_embeddings=stated)
+    rewrite(folder, {"lm_head.weight": head(load_file(folder / WEIGHTS)["embed_tokens.weight"]) if head else None})
+    with caplog.at_level(logging.INFO, "edgevlm"):
+        load_model(folder)
+    found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("the weights hold no head: taking the embedding" in message for message in found) is warns
+
+
 def test_heads_that_differ_in_the_last_number_alone_are_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgevlm.models.weights.CHUNK_ELEMENTS", 100)
     head = load_file(folder / WEIGHTS)["embed_tokens.weight"].clone()

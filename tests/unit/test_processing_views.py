@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -316,13 +316,11 @@ def test_grids_must_fit_the_pictures_and_the_vocabulary() -> None:
 @pytest.mark.parametrize(
     ("layout", "split"), [("idefics3", Idefics3Tiles(longest_edge=24)), ("nanovlm", NanoVlmTiles(longest_edge=24))]
 )
-def test_a_processor_without_tiles_makes_one_view(layout: Layout, split: Split) -> None:
-    ours = processor(layout, split)
-    picture = ours.without_tiles().prepare(colours(48, 20))
+def test_a_split_that_is_switched_off_makes_one_view(layout: Layout, split: Split) -> None:
+    assert isinstance(split, (Idefics3Tiles, NanoVlmTiles))
+    picture = processor(layout, replace(split, enabled=False)).prepare(colours(48, 20))
     assert (len(picture.pixel_values), picture.grid) == (1, (1, 1))
-    assert len(ours.prepare(colours(48, 20)).pixel_values) == 7
-    cropped = processor("plain", Crops(per_side=2))
-    assert cropped.without_tiles() is cropped
+    assert len(processor(layout, split).prepare(colours(48, 20)).pixel_values) == 7
 
 
 def test_tiles_and_layout_must_belong_together() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,11 @@ def make_projector(config: VlmConfig) -> nn.Sequential:
         reducer, features = SpaceToDepth(projector.factor), features * projector.factor**2
     elif isinstance(projector, PoolConfig):
         reducer = AveragePool(projector.factor)
-    last = (nn.GELU(),) if isinstance(projector, MlpConfig) and projector.final_gelu else ()
+    last: list[nn.Module] = []
+    if isinstance(projector, MlpConfig) and projector.final_gelu:
+        last.append(nn.GELU())
+    if isinstance(projector, MlpConfig) and projector.end_row:
+        last.append(EndRow(width))
     if projector.num_layers == 1:
         return nn.Sequential(reducer, nn.Linear(features, width, bias=projector.bias), *last)
     inner = projector.hidden_size or width
@@ -50,6 +55,20 @@ class SpaceToDepth(nn.Module):
         side = grid_side(N, f)
         grid = tokens.view(B, side // f, f, side // f, f, D)
         return grid.permute(0, 1, 3, 2, 4, 5).reshape(B, N // f**2, D * f**2)
+
+
+class EndRow(nn.Module):
+    """Put one learned row behind the others: ``(B, N, D) -> (B, N + 1, D)``.
+
+    Source: LLaVA-NeXT's notes of January 2024, where it ends a picture's line of tiles.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat((tokens, self.row.expand(len(tokens), 1, -1)), dim=1)
 
 
 class AveragePool(nn.Module):

@@ -38,6 +38,11 @@ class QueryProjector(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
         self.proj = nn.Linear(width, config.decoder.hidden_size, bias=False)
 
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill the queries with small normal values; the positions are as they are."""
+        self.query.normal_(0.0, 0.02, generator=generator)
+
     def forward(self, features: Tensor) -> Tensor:
         mixed = mix(self.mixing(), self.v_proj(self.ln_v(features)))
         return self.proj(self.out_proj(mixed))

@@ -46,6 +46,13 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(width, eps=eps) if config.post_layernorm else nn.Identity()
 
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill what is no layer's weight, positions and class token, with small normal values."""
+        self.position_embedding.normal_(0.0, 0.02, generator=generator)
+        if self.class_embedding is not None:
+            self.class_embedding.normal_(0.0, 0.02, generator=generator)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         hidden = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         if self.class_embedding is not None:
