@@ -49,7 +49,8 @@ def command(
 
 
 def _lines(card: Card, targets: list[str]) -> Iterator[str]:
-    yield f"{card.name} ({card.family})"
+    kind = card.config.model_type
+    yield f"{card.name} ({card.family if kind == card.family else f'{card.family}, {kind}'})"
     yield f"  {'part':16}{'kind':14}{'parameters':>14}{'GFLOP':>12}{'attention':>12}"
     for part in card.parts:
         flops, attention = part.linear_flops / 1e9, part.attention_flops / 1e9

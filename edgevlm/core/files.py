@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -32,6 +33,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False, marker: str | None 
     Whatever stood at ``path`` stays until then, and stays for good when the block fails.  An empty folder may
     be replaced at any time; with ``marker`` a folder is only overwritten when it holds a file of that name: a
     slip of the keyboard cannot delete anything else.  A link is followed: what it points to is replaced.
+    Siblings that a killed process left behind are removed.
 
     Raises UsageError when ``path`` exists and ``overwrite`` is false or forbidden, DoesNotFitError on a full
     disk.
@@ -41,9 +43,12 @@ def atomic_directory(path: Path, *, overwrite: bool = False, marker: str | None 
         _refuse_to_replace(path, overwrite, marker)
         _make_folder(path.parent)
         _check_name(path)
-        scratch = _sibling(path, f".{secrets.token_hex(4)}.partial")
-        try:
+        with _alone_in(path.parent):
+            _sweep(path)
+            scratch = _sibling(path, f".{secrets.token_hex(4)}.partial")
             scratch.mkdir()
+            handle = _hold(scratch)
+        try:
             yield scratch
             _sync_tree(scratch)
             with _alone_in(path.parent):
@@ -52,6 +57,8 @@ def atomic_directory(path: Path, *, overwrite: bool = False, marker: str | None 
             _sync(path.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            if handle is not None:
+                os.close(handle)
 
 
 @contextmanager
@@ -149,6 +156,30 @@ def _swap(scratch: Path, path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove unfinished folders for ``path`` whose process has ended; where folders cannot be locked, none."""
+    for left in path.parent.glob(f"{glob.escape(_sibling(path, '').name)}.????????.partial"):
+        handle = _hold(left) if left.is_dir() and not left.is_symlink() else None
+        if handle is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+
+
+def _hold(folder: Path) -> int | None:
+    """An open handle that keeps ``folder`` locked as long as this process lives; None where another one has it."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        held = _try_lock(handle)
+    except OSError:  # some network file systems do not lock folders
+        held = False
+    if held:
+        return handle
+    os.close(handle)
+    return None
 
 
 @contextmanager

@@ -62,11 +62,14 @@ class Registry(Mapping[str, T], Generic[T]):
         return {point.name: point.value for point in entry_points(group=self.group)}
 
 
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
-    """``no export target named 'onx'; known: gguf, onnx. Did you mean 'onnx'?``"""
+def unknown_name(kind: str, name: str, known: Sequence[str], *, likeness: float = 0.6) -> str:
+    """``no export target named 'onx'; known: gguf, onnx. Did you mean 'onnx'?``
+
+    ``likeness`` (0 to 1) is how alike a name must be to be suggested.
+    """
     import difflib
 
     message = f"no {kind} named {name!r}; known: {', '.join(sorted(known)) or 'none'}."
     spelled = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1)
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=likeness)
     return f"{message} Did you mean {spelled[close[0]]!r}?" if close else message

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from edgevlm.core.config import shown
 from edgevlm.core.errors import UnsupportedError
 from edgevlm.families import FAMILIES
 from edgevlm.families.family import Family
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.values import known_name
 
+TYPO = 0.9  # families have names like each other's, and are not each other
 QUERIES = "model.query_abstractor."  # in the weights of an MQT
 
 
 def family_of(folder: ModelFolder) -> Family:
     """The family that config.json names, or that its keys tell.  Raises UnsupportedError for an unknown one."""
-    return FAMILIES[known_name("model family", model_type(folder), FAMILIES, where=str(folder.path / "config.json"))]
+    where = str(folder.path / "config.json")
+    return FAMILIES[known_name("model family", model_type(folder), FAMILIES, where=where, likeness=TYPO)]
 
 
 def model_type(folder: ModelFolder) -> str:
@@ -25,7 +28,8 @@ def model_type(folder: ModelFolder) -> str:
     if isinstance(found, str) and found.startswith("llava"):
         return _kind_of_llava(found, folder)
     if not isinstance(found, str):
-        raise UnsupportedError(f"{folder.path / 'config.json'} names no model_type; known: {', '.join(FAMILIES)}")
+        what = "names no model_type" if found is None else f"has the model_type {shown(found)}"
+        raise UnsupportedError(f"{folder.path / 'config.json'} {what}; known: {', '.join(FAMILIES)}")
     return found
 
 

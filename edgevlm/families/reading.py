@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from edgevlm.processing.chat import ChatTemplate
 from edgevlm.processing.fit import PILLOW_FILTERS
 from edgevlm.processing.image_spec import Filter, ImageSpec
 from edgevlm.processing.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
 
@@ -57,7 +60,8 @@ def read_image_spec(folder: ModelFolder, *, default: ImageSpec) -> ImageSpec:
     values = folder.json("preprocessor_config.json") or folder.json("processor_config.json").get("image_processor")
     if not isinstance(values, Mapping) or not values:
         return default
-    where = f"{folder.path}: preprocessor_config.json"
+    name = "preprocessor_config.json" if folder.has("preprocessor_config.json") else "processor_config.json"
+    where = f"{folder.path}: {name}"
     kind = _kind(values, where)
     values = {**DEFAULTS[kind], **{key: value for key, value in values.items() if value is not None}}
     _check_steps(values, where)
@@ -94,6 +98,8 @@ def read_stop_ids(folder: ModelFolder, tokenizer: Tokenizer, *, known: Sequence[
     settings = folder.json("tokenizer_config.json").get("eos_token")
     text = settings.get("content") if isinstance(settings, Mapping) else settings
     named = [tokenizer.token_id(text)] if isinstance(text, str) and tokenizer.has(text) else []
+    if listed and not any(has_id(tokenizer, id) for id in listed):
+        logger.warning("%s: eos_token_id is %s, which the tokenizer does not have", folder.path, shown(listed))
     stops = [*family, *(id for id in [*listed, *named] if has_id(tokenizer, id))]
     if not stops:
         raise ConfigError(

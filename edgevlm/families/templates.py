@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.reading import read_template
 from edgevlm.processing.chat import ChatTemplate, user_message
 from edgevlm.processing.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Templates that look for parts in a content lose one that is plain text.
 AS_PARTS = (
@@ -40,7 +44,10 @@ def template_of(folder: ModelFolder, tokenizer: Tokenizer, image_token: str) -> 
     """
     default = VICUNA.replace("<image>", image_token)
     found = read_template(folder, default)
-    source = AS_PARTS + found.source if image_token in found.source and found.source != default else default
+    own = found.source != default
+    if own and image_token not in found.source:
+        logger.warning("%s: its chat template never writes %s; taking LLaVA-1.5's instead", folder.path, image_token)
+    source = AS_PARTS + found.source if own and image_token in found.source else default
     template = ChatTemplate(source, found.special_tokens)
     first = "".join(tokenizer.token(id) or "" for id in tokenizer.encode("", add_special_tokens=True)[:1])
     if not first or template.render([user_message("?", num_images=1)]).startswith(first):

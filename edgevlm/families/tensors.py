@@ -209,8 +209,12 @@ def _no_weights(folder: Path) -> InputError | UnsupportedError:
             f"Where you trust them, convert them once: {conversion_command(folder, pickles)}"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = f" (found {_some(others)})" if others else ""
-    return InputError(f"{folder / WEIGHTS} is missing{found}: a model folder holds config.json and {WEIGHTS}")
+    if others:
+        return InputError(
+            f"{folder} holds {_some(others)}, but neither {WEIGHTS} nor {INDEX}, which says what is in which shard; "
+            "fetch or copy it, too"
+        )
+    return InputError(f"{folder / WEIGHTS} is missing: a model folder holds config.json and {WEIGHTS}")
 
 
 def conversion_command(folder: Path, pickles: Iterable[Path]) -> str:

@@ -28,15 +28,17 @@ def require(values: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], 
             raise UnsupportedError(f"{where}: {name} is {shown(found)}; expected {known}")
 
 
-def known_name(kind: str, value: object, known: Collection[str], *, where: str) -> str:
+def known_name(kind: str, value: object, known: Collection[str], *, where: str, likeness: float = 0.6) -> str:
     """``value``, which is one of ``known``.  Raises UnsupportedError, which lists them."""
     if isinstance(value, str) and value in known:
         return value
-    raise unknown(kind, value, known, where=where)
+    raise unknown(kind, value, known, where=where, likeness=likeness)
 
 
-def unknown(kind: str, value: object, known: Collection[str], *, where: str, hint: str = "") -> UnsupportedError:
+def unknown(
+    kind: str, value: object, known: Collection[str], *, where: str, hint: str = "", likeness: float = 0.6
+) -> UnsupportedError:
     """The refusal of ``value``, which is none of ``known``; ``hint`` says what else can be done."""
     name = value if isinstance(value, str) else shown(value)
-    message = f"{where}: {unknown_name(kind, name[:MAX_NAME], list(known))}"
+    message = f"{where}: {unknown_name(kind, name[:MAX_NAME], list(known), likeness=likeness)}"
     return UnsupportedError(f"{message} {hint}" if hint else message)

@@ -45,6 +45,7 @@ def check_fit(module: nn.Module, sources: Mapping[str, Placed], unknown: Sequenc
         return
     named = {name: placed.stored.name for name, placed in sources.items() if name in expected}
     groups = (
+        _absent_parts(expected, sources),
         _some([_missing(name, named, left) for name in missing[:MAX_NAMED]], len(missing)),
         _some([f"unexpected {name}" for name in left[:MAX_NAMED]], len(left)),
         _some(wrong[:MAX_NAMED], len(wrong)),
@@ -52,6 +53,13 @@ def check_fit(module: nn.Module, sources: Mapping[str, Placed], unknown: Sequenc
     sizes = {"missing": len(missing), "unexpected": len(left), "misshapen": len(wrong)}
     counts = ", ".join(f"{count} {kind}" for kind, count in sizes.items() if count)
     raise IntegrityError(f"{where} does not fit its config.json ({counts}): {'; '.join(filter(None, groups))}")
+
+
+def _absent_parts(expected: Mapping[str, object], sources: Mapping[str, Placed]) -> str:
+    """The parts of the model of which the file holds nothing at all."""
+    parts = dict.fromkeys(name.split(".")[0] for name in expected)
+    absent = [part for part in parts if not any(name.startswith(f"{part}.") for name in sources)]
+    return f"nothing of {', '.join(absent)} is in the file" if absent else ""
 
 
 def name_in_file(name: str, named: Mapping[str, str]) -> str:

@@ -62,7 +62,10 @@ class Tokenizer:
                 raise IntegrityError(f"{folder}: not a tokenizer ({error}); copy the folder again") from error
         if (folder / "tokenizer.model").is_file():
             raise UnsupportedError(f"{folder}: tokenizer.model alone cannot be read. {how_to_convert(folder)}")
-        raise IntegrityError(f"{folder}: no tokenizer.json; expected the folder of a bundle or a checkpoint")
+        raise IntegrityError(
+            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, as the tokenizer's "
+            "save_pretrained writes them"
+        )
 
     @classmethod
     def _guarded(cls, build: Callable[[], tokenizers.Tokenizer]) -> Tokenizer:

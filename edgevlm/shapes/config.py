@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgevlm.core.errors import ConfigError
-from edgevlm.shapes.checks import check_above_zero, check_heads, check_positive
+from edgevlm.shapes.checks import check_above_zero, check_heads, check_positive, check_stages
 from edgevlm.shapes.fastvit import FastVitConfig
 from edgevlm.shapes.fusion import FusionConfig
 from edgevlm.shapes.stem_vit import StemVitConfig
@@ -158,10 +158,7 @@ class HybridConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "mlp_ratio", "head_dim")
-        if not self.widths or len(self.widths) != len(self.depths):
-            raise ConfigError(f"widths {self.widths} and depths {self.depths} must be of one length, at least 1")
-        if min(self.widths) < 1 or min(self.depths) < 0:
-            raise ConfigError(f"widths {self.widths} must be at least 1 each, depths {self.depths} at least 0")
+        check_stages(self, self.widths, self.depths)
         if self.image_size % self.stride:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of the encoder's stride {self.stride}")
         if self.widths[-1] % self.head_dim:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgevlm.core.errors import ConfigError
-from edgevlm.shapes.checks import check_positive
+from edgevlm.shapes.checks import check_positive, check_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,7 @@ class FastVitConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "image_size", "mlp_ratio", "head_dim")
-        if not self.widths or len(self.widths) != len(self.depths):
-            raise ConfigError(f"widths {self.widths} and depths {self.depths} must be of one length, at least 1")
-        if min(self.widths) < 1 or min(self.depths) < 0:
-            raise ConfigError(f"widths {self.widths} must be at least 1 each, depths {self.depths} at least 0")
+        check_stages(self, self.widths, self.depths)
         self._check_stages("num_attention_stages", len(self.widths))
         self._check_stages("num_gated_downsamples", len(self.widths) - 1)
         for width in self.widths[len(self.widths) - self.num_attention_stages :]:

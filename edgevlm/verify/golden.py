@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgevlm.bundle.golden import save_golden
-from edgevlm.core.errors import DoesNotFitError
+from edgevlm.core.errors import DoesNotFitError, IntegrityError
 from edgevlm.evaluation.scenes import GENERATOR_VERSION, make_scene, render
 from edgevlm.evaluation.scoring import is_match
 from edgevlm.evaluation.suites import GOLDEN_SEED, SUITES, Suite
@@ -112,6 +112,11 @@ def _run_case(session: Session, vlm: RuntimeVlm, case: Case) -> Tensors:
             f"a context of {vlm.max_context} is too short to verify: the golden prompt has {len(ids)} tokens"
         )
     greedy, prefill, decode = continue_greedily(session, rows, steps)
+    if not np.isfinite(prefill).all():
+        raise IntegrityError(
+            f"{vlm.name}: the checkpoint itself computes NaN or infinity, before any export: its weights or its "
+            "config.json are damaged; fetch them again"
+        )
     return {
         "pixel_values": picture.pixel_values,
         "image_features": features,

@@ -262,3 +262,25 @@ def test_the_cache_folder_follows_the_platform(monkeypatch: pytest.MonkeyPatch, 
     assert cache_folder() == tmp_path / ".cache/edgevlm"
     monkeypatch.setattr(files.sys, "platform", "darwin")
     assert cache_folder() == tmp_path / "Library/Caches/edgevlm"
+
+
+def test_the_next_output_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    left, others = tmp_path / ".out.0123abcd.partial", tmp_path / ".output.0123abcd.partial"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "half").write_text("x")
+    with atomic_directory(tmp_path / "out"):
+        assert not left.exists()
+    assert others.exists()
+
+
+def two_at_once(path: Path) -> None:
+    with atomic_directory(path) as first, atomic_directory(path) as second:
+        (second / "whole").write_text("x")
+        assert first.exists()
+
+
+def test_an_output_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        two_at_once(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -131,7 +131,7 @@ def test_damaged_tokenizer_is_one_clear_line(content: str, tmp_path: Path) -> No
 
 
 def test_missing_or_binary_tokenizer_is_an_integrity_error(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match=r"no tokenizer\.json"):
+    with pytest.raises(IntegrityError, match=r"no tokenizer; expected tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(IntegrityError, match="not UTF-8"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -36,3 +37,11 @@ def test_what_is_divided_by_is_above_zero(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"{type(config).__name__}\.{name} must be above 0 and finite, got {value}"):
         type(config)(**{**vars(config), name: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 10**9), ("hidden_size", 10**30), ("max_position_embeddings", 10**12)]
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must be at most"):
+        replace(DECODER, **{key: value})
