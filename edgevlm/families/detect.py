@@ -9,7 +9,7 @@ from edgevlm.families.family import Family
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.values import known_name
 
-TYPO = 0.9  # families have names like each other's, and are not each other
+TYPO = 0.85  # families have names like each other's, and are not each other
 QUERIES = "model.query_abstractor."  # in the weights of an MQT
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Protocol
@@ -56,9 +57,10 @@ def check_fit(module: nn.Module, sources: Mapping[str, Placed], unknown: Sequenc
 
 
 def _absent_parts(expected: Mapping[str, object], sources: Mapping[str, Placed]) -> str:
-    """The parts of the model of which the file holds nothing at all."""
-    parts = dict.fromkeys(name.split(".")[0] for name in expected)
-    absent = [part for part in parts if not any(name.startswith(f"{part}.") for name in sources)]
+    """The parts of several tensors of which the file holds none."""
+    parts = Counter(name.split(".")[0] for name in expected)
+    found = {name.split(".")[0] for name in sources}
+    absent = [part for part, count in parts.items() if count > 1 and part not in found]
     return f"nothing of {', '.join(absent)} is in the file" if absent else ""
 
 
