@@ -25,6 +25,7 @@ from edgevlm.families.licence import Licence, read_licence
 from edgevlm.models.as_session import fusion_shape
 from edgevlm.models.checkpoint import Checkpoint, load_model
 from edgevlm.models.vlm import Vlm
+from edgevlm.processing.chat import user_message
 from edgevlm.verify import golden, verify_bundle
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def export_bundle(
             vision_tokens=vision_tokens,
             max_context=max_context,
         )
+        checkpoint.processor.input_ids([user_message("?", num_images=1)])  # a template that fails should fail now
         _check_room(root, out, _bundle_bytes(checkpoint.model, half_storage))
         _write(checkpoint, lowering, root, report)
         del checkpoint
