@@ -112,6 +112,28 @@ def llava(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def llava_next(folder: Path) -> None:
+    """One tile, and the row behind it."""
+    llava(folder)
+    save_file({"image_newline": torch.linspace(-1, 1, 48)}, folder / "newline.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["image_newline"] = "newline.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava_next"}))
+
+
+def llava_original(folder: Path) -> None:
+    """As the first authors' code writes it, the encoder among the weights."""
+    linears = {"0.weight": (48, 64), "0.bias": (48,), "2.weight": (48, 48), "2.bias": (48,)}
+    shapes = shapes_of_clip(TOWER) | {f"model.mm_projector.{name}": shape for name, shape in linears.items()}
+    save_file(random_tensors(shapes | shapes_of_llama("model.", "lm_head.weight")), folder / "model.safetensors")
+    (folder / "tiny-clip").mkdir()
+    (folder / "tiny-clip" / "config.json").write_text(json.dumps(CLIP))
+    extra = {"model_type": "llava_llama", "mm_vision_tower": "tiny-clip", "mm_projector_type": "mlp2x_gelu"}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **extra, "mm_vision_select_layer": -2}))
+
+
 def mqt(folder: Path) -> None:
     """As the released code writes it, with a budget of nine tokens."""
     shapes = shapes_of_clip(TOWER) | shapes_of_queries("model.query_abstractor.")
@@ -127,7 +149,10 @@ def operators(file: Path) -> set[str]:
     return {node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
 
 
-@pytest.mark.parametrize(("write", "family", "num_tokens"), [(llava, "llava", 16), (mqt, "mqt", 9)])
+@pytest.mark.parametrize(
+    ("write", "family", "num_tokens"),
+    [(llava, "llava", 16), (llava_next, "llava", 17), (llava_original, "llava_llama", 16), (mqt, "mqt", 9)],
+)
 def test_a_checkpoint_becomes_a_bundle_that_passes_the_gate_and_answers(
     write: Any, family: str, num_tokens: int, tmp_path: Path, tiny_tokenizer: Callable[..., Path]
 ) -> None:

@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
+import edgevlm
+from edgevlm.bundle.read import read_bundle
 from edgevlm.core.errors import IntegrityError
 from edgevlm.families.fastvlm_original import timm_name
 from edgevlm.models.checkpoint import Checkpoint, load_model
 from edgevlm.models.vision.fastvit import FastVit
 from edgevlm.processing.chat import user_message
 from edgevlm.shapes.fastvit import MCI
+from edgevlm.verify import verify_bundle
 
 Fill = Callable[..., nn.Module]
 Close = Callable[..., float]
@@ -234,6 +237,16 @@ def test_of_two_layouts_one_pads_and_one_crops(pair: Pair, original: Path) -> No
     assert load_model(original, image_fit="center-crop").processor.image_spec == cropped.image_spec
     assert padded.image_spec.pad_color == (0, 0, 0)
     assert padded.prompt_spec == cropped.prompt_spec
+
+
+@pytest.mark.parametrize("layout", ["transformers", "apple"])
+def test_either_layout_becomes_a_bundle_that_passes_the_gate(
+    layout: str, pair: Pair, original: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = original if layout == "apple" else pair.checkpoint.folder
+    root = edgevlm.export_bundle(folder, out=tmp_path_factory.mktemp("fastvlm") / "out")
+    assert read_bundle(root).manifest.family == {"apple": "llava_qwen2", "transformers": "fast_vlm"}[layout]
+    assert verify_bundle(root).passed
 
 
 def test_a_name_that_no_fastvlm_has_is_reported(original: Path) -> None:
