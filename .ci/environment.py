@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "edgevlm-installed"
-EXTRAS = "workshop,parity,dev"
+EXTRAS = "workshop,openvino,parity,dev"
 
 NO_ENSUREPIP = f"""\
 {sys.executable} cannot create virtual environments: its module ensurepip is missing.
@@ -75,7 +75,7 @@ def install() -> None:
     STAMP.unlink(missing_ok=True)
     if not has_pip():
         create()
-    say(f"installing edgevlm[{EXTRAS}] into .venv: once, about 1.7 GB with a CPU build of PyTorch, a minute or more")
+    say(f"installing edgevlm[{EXTRAS}] into .venv: once, about 1.9 GB with a CPU build of PyTorch, a minute or more")
     run([str(PYTHON), "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", f".[{EXTRAS}]"])
     STAMP.write_text(fingerprint())
     say(f"ready after {time.monotonic() - started:.0f} s")

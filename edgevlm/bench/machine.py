@@ -15,7 +15,7 @@ import psutil
 
 from edgevlm.core.hardware import Hardware, probe
 
-LIBRARIES = ("edgevlm", "numpy", "pillow", "onnxruntime", "tokenizers")
+LIBRARIES = ("edgevlm", "numpy", "pillow", "onnxruntime", "openvino", "torch", "tokenizers")
 GIB = 1024**3
 CLOCKS = Path("/sys/devices/system/cpu")
 

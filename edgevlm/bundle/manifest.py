@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from edgevlm.bundle.paths import check_name
 from edgevlm.core.config import from_mapping
@@ -33,10 +33,38 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowTable:
+    """The rows of an embedding as they lie in a file, so that looking one up needs no engine.
+
+    ``file`` holds ``num_rows`` x ``num_columns`` numbers of ``dtype`` (float32, float16), little-endian, from byte
+    ``offset`` on.
+    """
+
+    file: str
+    offset: int
+    dtype: str
+    num_rows: int
+    num_columns: int
+
+    def __post_init__(self) -> None:
+        check_name(self.file)
+        if self.dtype not in ("float32", "float16"):
+            raise ConfigError(f"a row table holds float32 or float16, found {self.dtype!r}")
+        if self.offset < 0 or self.num_rows <= 0 or self.num_columns <= 0:
+            raise ConfigError(
+                f"a row table begins at a byte and has rows and columns, found offset {self.offset}, "
+                f"{self.num_rows} x {self.num_columns}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartFile:
     """One part of the model, lowered for ``target`` in ``precision``.
 
-    ``file`` and ``extra_files`` (external weights) are relative to the bundle, with forward slashes.
+    ``file`` and ``extra_files`` (external weights) are relative to the bundle, with forward slashes.  ``cache``, of a
+    decoder: "shared", past and present may be one buffer of the whole context, which the graph fills in place; or
+    "grown", present is past with the new rows behind it, a tensor of its own.  ``table``, of embed_tokens: where its
+    rows lie in one of the files.
     """
 
     part: str
@@ -46,8 +74,12 @@ class PartFile:
     extra_files: tuple[str, ...] = ()
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    cache: Literal["shared", "grown"] = "shared"
+    table: RowTable | None = None
 
     def __post_init__(self) -> None:
+        if self.table is not None and self.table.file not in self.files:
+            raise ConfigError(f"the rows of {self.part} lie in {self.table.file}, which is no file of the part")
         if self.part not in KNOWN_PARTS:
             raise ConfigError(unknown_name("part", self.part, KNOWN_PARTS))
         if not self.target or not self.precision:
@@ -130,13 +162,13 @@ class Manifest:
     def part(self, name: str, target: str = "onnx", precision: str | None = None) -> PartFile:
         """The part ``name`` for ``target``, in ``precision`` or the default one.
 
-        Raises UnsupportedError, which names what the bundle holds instead.
+        A precision without its block size ("int4") is the first of that kind ("int4-b128").  Raises UnsupportedError, which names what the bundle holds instead.
         """
         if name not in KNOWN_PARTS:
             raise UnsupportedError(unknown_name("part", name, KNOWN_PARTS))
         same = [part for part in self.parts if part.part == name and part.target == target]
-        for part in same:
-            if precision in (None, part.precision):
+        for part in sorted(same, key=lambda part: part.precision != precision):
+            if precision in (None, part.precision, part.precision.partition("-b")[0]):
                 return part
         if same:
             found = ", ".join(part.precision for part in same)

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgevlm.cli.console import Json, progress, say
+from edgevlm.cli.opening import MODEL_HELP, NO_WISHES, open_model, takes_wishes
 from edgevlm.core.errors import UsageError
 from edgevlm.core.registry import unknown_name
+from edgevlm.runtimes.choices import Wishes
 
 if TYPE_CHECKING:
     from edgevlm.bench.measurement import Measurement
     from edgevlm.runtimes.vlm import RuntimeVlm
 
 
+@takes_wishes
 def command(
-    bundle: Annotated[str, typer.Argument(help="Bundle folder or shipped name.")],
+    bundle: Annotated[str, typer.Argument(help=MODEL_HELP)],
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", help="Ask about this file (repeatable); default: generated scenes."),
@@ -31,10 +34,7 @@ def command(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="New tokens per answer.")] = 32,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Timed answers.")] = 20,
     output: Annotated[str, typer.Option("--output", "-o", help="md, csv, json or jsonl.")] = "md",
-    runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Cores to compute with; default: all physical.")
-    ] = None,
+    wishes: Wishes = NO_WISHES,
     save: Annotated[Path | None, typer.Option("--save", help="Write the raw run to this .jsonl file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --save names.")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
@@ -43,7 +43,6 @@ def command(
     """Measure BUNDLE after warm-up: a new scene in every repetition, or the given images in turn."""
     from edgevlm.bench.record import write_measurement
     from edgevlm.bench.table import FORMATS
-    from edgevlm.runtimes.open import open_bundle
 
     output = "json" if as_json else output
     if output not in FORMATS:
@@ -52,7 +51,7 @@ def command(
         raise UsageError(f"--save {save} is a folder: name a file, such as {save / 'run.jsonl'}")
     if save is not None and save.exists() and save.is_file() and not overwrite:
         raise UsageError(f"--save {save} exists already: choose another name or pass --overwrite")
-    with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
+    with open_model(bundle, wishes, check=check) as vlm:
         question = _question(vlm, prompt, prompt_tokens)
         measurement = _measure(vlm, image or [], question, repetitions, max_tokens)
     typer.echo(FORMATS[output](measurement))

@@ -1,4 +1,4 @@
-"""``edgevlm bundle``: look into a bundle, make one file of it, and unfold it again."""
+"""``edgevlm bundle``: look into a bundle, make one file of it, unfold it again, or make one of foreign ONNX files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgevlm.cli.console import Json, print_json
 from edgevlm.shipped import MODELS, find_bundle
 
 command = typer.Typer(
-    add_completion=False, rich_markup_mode=None, help="Show a bundle; pack it into one file and back."
+    add_completion=False, rich_markup_mode=None, help="Show a bundle; pack it into one file and back; import one."
 )
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -41,6 +41,37 @@ def unpack_command(
     """Unfold FILE into FOLDER and check every hash."""
     opened = unpack(file, folder, overwrite=overwrite)
     _answer({"bundle": opened.root, "name": opened.manifest.name}, str(opened.root), json)
+
+
+@command.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="Folder with ONNX files in the layout of transformers.js.")],
+    out: Annotated[Path, typer.Argument(help="Bundle to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Checkpoint that the files were made from: the gate's reference."),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="Which vision_encoder: fp32, fp16, int8, q8, q4; else the first.")
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option("--decoder", help="Which decoder_model_merged: fp32, fp16, int8, q8, q4; else the first."),
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option("--max-context", help="Longest prompt and answer, in tokens.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Make a bundle of the ONNX files in FOLDER, and pass it through the gate."""
+    from edgevlm.export.importing import import_bundle
+
+    written = import_bundle(
+        folder, out, model=model, encoder=encoder, decoder=decoder, max_context=max_context, overwrite=overwrite
+    )
+    opened = read_bundle(written, check=False)
+    _answer({"bundle": opened.root, "name": opened.manifest.name}, _summary(opened, True), json)
 
 
 @command.command("show")

@@ -9,50 +9,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgevlm.cli import console
+from edgevlm.cli.opening import MODEL_HELP, NO_WISHES, open_model, suite_of, takes_wishes
 from edgevlm.core.optional import versions
+from edgevlm.runtimes.choices import Wishes
 
 if TYPE_CHECKING:
     from edgevlm.evaluation import Control, Score, Suite
     from edgevlm.runtimes.vlm import RuntimeVlm
 
-DEFAULT_SUITE = "scenes"  # for a bundle whose manifest names none
 LIBRARIES = ("edgevlm", "numpy", "pillow", "onnxruntime", "tokenizers")
 MAX_TOKENS = 32
 
 
+@takes_wishes
 def command(
-    bundle: Annotated[str, typer.Argument(help="Bundle folder, or a shipped name (nano).")],
-    suite: Annotated[str | None, typer.Option("--suite", help="Questions to ask; default: the bundle's own.")] = None,
+    bundle: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    suite: Annotated[str | None, typer.Option("--suite", help="Questions to ask; default: the model's own.")] = None,
     num_scenes: Annotated[int, typer.Option("--num-scenes", min=2, help="Pictures to ask about.")] = 200,
     controls: Annotated[
         bool,
         typer.Option("--controls/--no-controls", help="Ask again with shuffled and with blank pictures."),
     ] = True,
-    runtime: Annotated[str, typer.Option("--runtime", help="See `edgevlm targets`.")] = "onnxruntime",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: the physical cores.")] = None,
+    wishes: Wishes = NO_WISHES,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     as_json: console.Json = False,
 ) -> None:
     """Score BUNDLE on exact-answer questions, beside what a model would score that does not look."""
     from edgevlm.evaluation import EVAL_SEED, SUITES, majority
-    from edgevlm.runtimes.open import open_bundle
 
-    questions = SUITES[suite or _suite_of(bundle)](num_scenes, seed=EVAL_SEED)
+    questions = SUITES[suite or suite_of(bundle, wishes)](num_scenes, seed=EVAL_SEED)
     asked: Sequence[Control | None] = (None, "shuffled", "blank") if controls else (None,)
-    with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
+    with open_model(bundle, wishes, check=check) as vlm:
         scores = [*(_ask(vlm, questions, control) for control in asked), majority(questions)]
     if as_json:
         console.print_json(_record(vlm, questions, EVAL_SEED, scores))
     else:
         _show(scores, num_scenes)
-
-
-def _suite_of(bundle: str) -> str:
-    """The suite that the bundle's manifest names; its hashes are compared when it is opened."""
-    from edgevlm.bundle.read import read_bundle
-    from edgevlm.shipped import find_bundle
-
-    return read_bundle(find_bundle(bundle), check=False).manifest.suite or DEFAULT_SUITE
 
 
 def _ask(vlm: RuntimeVlm, questions: Suite, control: Control | None) -> Score:
@@ -69,16 +61,20 @@ def _ask(vlm: RuntimeVlm, questions: Suite, control: Control | None) -> Score:
 
 def _record(vlm: RuntimeVlm, questions: Suite, seed: int, scores: Sequence[Score]) -> dict[str, Any]:
     """The scores with all that it takes to get them again."""
+    encoder = vlm.info.get("encoder", {})
+    libraries = dict.fromkeys((*LIBRARIES, vlm.info["library"], encoder.get("library", "numpy")))
     return {
         "name": vlm.name,
-        "bundle_sha256": vlm.info["bundle_sha256"],
+        "bundle_sha256": vlm.info.get("bundle_sha256"),  # none of a checkpoint in PyTorch
         "runtime": vlm.info["runtime"],
+        "encoder_runtime": encoder.get("runtime", vlm.info["runtime"]),
+        "precisions": vlm.info.get("precisions"),
         "suite": questions.name,
         "num_scenes": questions.num_images,
         "num_questions": len(questions.items),
         "seed": seed,
         "max_tokens": MAX_TOKENS,
-        "versions": {"python": platform.python_version(), **versions(LIBRARIES)},
+        "versions": {"python": platform.python_version(), **versions(libraries)},
         "scores": [one.record() for one in scores],
     }
 

@@ -22,6 +22,32 @@ def command(
         bool,
         typer.Option("--half-storage", help="Store weights that float16 holds exactly in half the bytes."),
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="Of both halves: fp32, fp16, int8, int4 (which leaves the encoder fp32)."),
+    ] = None,
+    encoder_precision: Annotated[
+        str | None,
+        typer.Option("--encoder-precision", help="fp32, fp16, int8; several joined by commas, the first the default."),
+    ] = None,
+    decoder_precision: Annotated[
+        str | None,
+        typer.Option("--decoder-precision", help="fp32, fp16, int8, int8-dynamic, int4, ...; several likewise."),
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="A decoder of standard ONNX operators alone, for other engines.")
+    ] = False,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="An encoder that takes one picture at a time, all sizes fixed.")
+    ] = False,
+    calib: Annotated[
+        Path | None,
+        typer.Option("--calib", help="Folder of pictures to fit the rounding to; without it generated scenes."),
+    ] = None,
+    calib_samples: Annotated[
+        int, typer.Option("--calib-samples", min=1, help="How many pictures the rounding is fitted to.")
+    ] = 32,
+    seed: Annotated[int, typer.Option("--seed", help="Of the generated scenes, or of the choice of pictures.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that failed the gate as OUT.failed.")] = False,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id; also owner/name@revision.")
@@ -50,16 +76,25 @@ def command(
     folder = _one_folder(out, output)
     from edgevlm.bundle.read import read_bundle
     from edgevlm.core.config import read_json
-    from edgevlm.export.pipeline import STEPS, export_bundle
+    from edgevlm.export.pipeline import export_bundle, steps
+    from edgevlm.export.precisions import precisions
     from edgevlm.families.licence import Licence
 
-    with console.steps(f"export {model}", STEPS) as begin:
+    encoder, decoder = _halves(precision, encoder_precision, decoder_precision)
+    with console.steps(f"export {model}", steps(precisions(encoder, decoder))) as begin:
         bundle = export_bundle(
             model,
             target=target,
             out=folder,
             overwrite=overwrite,
             half_storage=half_storage,
+            encoder_precision=encoder,
+            decoder_precision=decoder,
+            plain=plain,
+            static_batch=static_batch,
+            calib=calib,
+            calib_samples=calib_samples,
+            seed=seed,
             keep=keep,
             report=begin,
             revision=revision,
@@ -81,6 +116,14 @@ def command(
     if licence := manifest.provenance.get("licence"):
         typer.echo(f"licence of the weights: {Licence(**{**licence, 'files': tuple(licence['files'])})}")
     typer.echo(f"next: edgevlm run {bundle} --image PICTURE --prompt QUESTION")
+
+
+def _halves(both: str | None, encoder: str | None, decoder: str | None) -> tuple[str, str]:
+    """The precisions of encoder and decoder; one that is given for its half counts more than one for both."""
+    from edgevlm.export.precisions import both_halves
+
+    of_encoder, of_decoder = both_halves(both) if both else ("fp32", "fp32")
+    return encoder or of_encoder, decoder or of_decoder
 
 
 def _one_folder(out: Path | None, output: Path | None) -> Path:

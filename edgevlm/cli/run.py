@@ -13,8 +13,10 @@ import typer
 
 from edgevlm.cli import console
 from edgevlm.cli.console import Json, print_json, say
+from edgevlm.cli.opening import MODEL_HELP, NO_WISHES, open_model, takes_wishes
 from edgevlm.core.errors import EdgeVLMError, UsageError
 from edgevlm.runtimes import MAX_TOKENS
+from edgevlm.runtimes.choices import Wishes
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer, AnswerStream
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 HELP = "/image PATH adds a picture to the next question, /reset forgets all, /quit or Ctrl-D leaves"
 
 
+@takes_wishes
 def command(
-    bundle: Annotated[str, typer.Argument(help="Folder that `edgevlm export` wrote, or a shipped name.")],
+    bundle: Annotated[str, typer.Argument(help=MODEL_HELP)],
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
     frames: Annotated[
         list[Path] | None, typer.Option(help="A picture of a video, one a second, in order; repeatable.")
@@ -38,8 +41,7 @@ def command(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds draw equal answers.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
-    runtime: Annotated[str, typer.Option(help="What computes; see `edgevlm targets`.")] = "onnxruntime",
-    threads: Annotated[int | None, typer.Option(help="Cores to compute with; default: all physical.")] = None,
+    wishes: Wishes = NO_WISHES,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every file with its hash.")] = True,
     json: Json = False,
 ) -> None:
@@ -48,7 +50,6 @@ def command(
         raise UsageError("--json needs --prompt: a chat is for people")
     if image and frames:
         raise UsageError("--image and --frames are both given: ask about one picture or about one video")
-    from edgevlm.runtimes.open import open_bundle
     from edgevlm.runtimes.sampling import Sampling
     from edgevlm.runtimes.video import Video
 
@@ -57,7 +58,7 @@ def command(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
-    with open_bundle(bundle, runtime, threads=threads, check=check) as vlm:
+    with open_model(bundle, wishes, check=check) as vlm:
         if prompt is None:
             say(f"{vlm.name}: {HELP}; Ctrl-C stops an answer")
             Conversation(vlm.chat(), shown, options).run(read_lines())

@@ -8,16 +8,23 @@ from importlib import import_module
 import typer
 
 from edgevlm.cli.console import Json, print_json
+from edgevlm.cli.opening import TORCH
 from edgevlm.core.optional import fix_command, is_installed
 from edgevlm.core.registry import Registry
 
 NEEDS = {  # the libraries behind each name; what another package brings is listed without
     "onnx": ("torch", "onnx", "onnx_ir"),
     "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "openvino-bf16": ("openvino",),
+    "torch": ("torch",),
 }
 NOTES = {
     "onnx": "verified against PyTorch at the end of every export",
     "onnxruntime": "run on CPU; no other processor has been tried",
+    "openvino": "run on an x86 CPU, in float32",
+    "openvino-bf16": "run on an x86 CPU with bfloat16 instructions, which it needs",
+    "torch": "run on CPU, in float32; takes the checkpoint in place of the bundle (run, bench, eval)",
 }
 
 
@@ -46,7 +53,8 @@ def command(json: Json = False) -> None:
 def list_entries() -> list[Entry]:
     """Every target and runtime by name; nothing that they need is imported."""
     targets, runtimes = _registry("edgevlm.export", "TARGETS"), _registry("edgevlm.runtimes.open", "RUNTIMES")
-    return [_entry(registry.kind, name) for registry in (targets, runtimes) for name in registry]
+    listed = [_entry(registry.kind, name) for registry in (targets, runtimes) for name in registry]
+    return [*listed, _entry(runtimes.kind, TORCH)]
 
 
 def _registry(module: str, name: str) -> Registry[object]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import cast
 
 from edgevlm.core.errors import MissingLibraryError
 
@@ -18,6 +21,7 @@ EXTRA_OF = {
     "onnx_ir": "workshop",
     "onnxscript": "workshop",
     "huggingface_hub": "workshop",
+    "openvino": "openvino",
 }
 PACKAGE_OF = {  # where the name to import is not the name to install
     "PIL": "pillow",
@@ -26,6 +30,9 @@ PACKAGE_OF = {  # where the name to import is not the name to install
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
 }
+# What another library imports if it is there, and does without if it is not: openvino reports every import of itself to
+# Google Analytics through this one, unless somebody opted out.
+NOT_WANTED_BY = {"openvino": "openvino_telemetry"}
 VARIANTS_OF = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")}
 
 
@@ -47,6 +54,7 @@ USED_FOR = {
     "tokenizers": "device: prompts",
     "safetensors": "device: golden tensors and weights",
     "jinja2": "device: chat templates",
+    "openvino": "device: runs ONNX bundles, an alternative on x86",
     "torch": "workshop: models, training",
     "transformers": "workshop: checkpoints, reference",
     "onnx": "workshop: export",
@@ -54,16 +62,31 @@ USED_FOR = {
     "onnxscript": "workshop: export",
     "huggingface_hub": "workshop: downloads",
 }
-NOT_USED_YET = ("openvino", "tensorrt", "coremltools", "llama_cpp")  # shown where found, so nobody has to ask
+NOT_USED_YET = ("tensorrt", "coremltools", "llama_cpp")  # shown where found, so nobody has to ask
 
 
 def require(module: str) -> ModuleType:
     """Import ``module``, or raise MissingLibraryError with the command that brings it."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported: no id, no network
     try:
-        return import_module(module)
+        with _hidden(NOT_WANTED_BY.get(module.partition(".")[0])):
+            return import_module(module)
     except (ImportError, OSError) as error:
         raise missing_library(error, module) from error
+
+
+@contextmanager
+def _hidden(module: str | None) -> Iterator[None]:
+    """Make ``module`` look not installed while the block runs, unless this process has imported it already."""
+    modules = cast("dict[str, ModuleType | None]", sys.modules)
+    if module is None or module in modules:
+        yield
+        return
+    modules[module] = None  # Python's own way to say so: an import of it raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del modules[module]
 
 
 def is_missing(error: ModuleNotFoundError) -> bool:

@@ -1,60 +1,187 @@
 """The decoder as an ONNX graph, written node by node.
 
-One graph serves prefill and decode.  Attention is ``GroupQueryAttention``, with rotary positions inside if the model
-has them; its past and present may be one shared buffer, so nothing is copied from token to token.  Only the last row
-reaches the head.
-
-Operators of the ``com.microsoft`` domain are documented in ONNX Runtime's ContribOperators.md.
+One graph serves prefill and decode, and only the last row reaches the head.  What a layer is stands here; the
+operators it is written in stand in a dialect: ``contrib_ops`` for ONNX Runtime and whoever knows its operators,
+``plain_ops`` for everyone else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor, nn
+from torch import nn
 
 from edgevlm.bundle.manifest import TensorSpec
+from edgevlm.export.contrib_ops import ContribOps
 from edgevlm.export.graph_writer import GraphWriter
-from edgevlm.export.heads import cache_head_size, head_norm, into_heads, out_of_heads, rotary_caches
+from edgevlm.export.heads import head_norm, into_heads, out_of_heads
+from edgevlm.export.matmuls import MatMuls, Projection, projection
 from edgevlm.export.parts import Part
-from edgevlm.models.decoder import Attention, Decoder, DecoderLayer, GeluMlp, RMSNorm, SwiGLU
-from edgevlm.shapes.config import DecoderConfig
+from edgevlm.export.plain_ops import PlainOps
+from edgevlm.models.decoder import Attention, DecoderLayer, GeluMlp, RMSNorm, SwiGLU
+from edgevlm.models.vlm import Vlm
+from edgevlm.quant.rounding import QuantizedWeight
 
-OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
-CONTRIB = "com.microsoft"
 LAST_INDEX = np.iinfo(np.int64).max
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int64": ir.DataType.INT64,
+}
 
 Norm: TypeAlias = RMSNorm | nn.LayerNorm
 
 
-def decoder_graph(part: Part) -> ir.Model:
+class Dialect(Protocol):
+    """How norms, attention and SiLU are written."""
+
+    opsets: Mapping[str, int]
+
+    def positions(self) -> ir.Value:
+        """Where every row stands [B, T]."""
+        ...
+
+    def add_norm(self, residual: ir.Value, branch: ir.Value | None, norm: Norm, name: str) -> tuple[ir.Value, ir.Value]:
+        """Add ``branch`` to ``residual`` and norm the sum; returns the norm and the sum."""
+        ...
+
+    def attend(
+        self, packed: ir.Value, norms: Sequence[RMSNorm], past: Sequence[ir.Value], name: str
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """Query, key and value side by side to mixed values, and the present key and value."""
+        ...
+
+    def silu(self, rows: ir.Value, name: str) -> ir.Value:
+        """``x · sigmoid(x)``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a decoder is written: with the codes of ``quantized`` layers, by their paths below the Vlm, or in float.
+
+    ``plain``: in standard operators alone.  ``half``: to be turned to float16.  ``half_storage``: floats that float16
+    holds exactly are stored so.
+    """
+
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=lambda: MappingProxyType({}))
+    plain: bool = False
+    half: bool = False
+    half_storage: bool = False
+
+
+def decoder_graph(part: Part, writing: Writing | None = None) -> ir.Model:
     """The ONNX model of a ``decoder_model_merged`` part."""
-    model = part.model
-    config, decoder = model.config.decoder, model.decoder
-    writer = GraphWriter()
+    writing = writing or Writing()
     inputs = {spec.name: graph_value(spec) for spec in part.inputs}
-    seen = _seen(writer, inputs["attention_mask"])
-    lengths = _lengths(writer, inputs["attention_mask"], seen)
-    residual, branch = inputs["inputs_embeds"], None
-    if config.positions == "learned":
-        residual = _add_positions(writer, residual, seen, decoder.embed_positions.weight)
-    else:
-        lengths += _rotary(writer, config)
-    outputs: dict[str, ir.Value] = {}
-    for index, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
-        past = [inputs[f"past_key_values.{index}.{kind}"] for kind in ("key", "value")]
-        residual, branch, present = _layer(writer, layer, residual, branch, past, lengths, config, f"layers.{index}")
-        outputs |= {f"present.{index}.{kind}": value for kind, value in zip(("key", "value"), present, strict=True)}
-    outputs["logits"] = _head(writer, decoder, residual, branch, model.head_weight)
-    return assemble(writer, part, inputs, outputs)
+    author = DecoderAuthor(part.model, inputs, writing)
+    return assemble(author.writer, part, inputs, author.write(), author.dialect.opsets)
 
 
-def assemble(writer: GraphWriter, part: Part, inputs: dict[str, ir.Value], outputs: dict[str, ir.Value]) -> ir.Model:
+class DecoderAuthor:
+    """Writes the graph of one decoder: its layers as the model has them, its operators from the dialect."""
+
+    def __init__(self, model: Vlm, inputs: Mapping[str, ir.Value], writing: Writing) -> None:
+        self.model, self.config, self.inputs = model, model.config.decoder, inputs
+        self.writer = GraphWriter(half_storage=writing.half_storage)
+        self.matmuls = MatMuls(self.writer, writing.quantized, plain=writing.plain)
+        embeds, mask = inputs["inputs_embeds"], inputs["attention_mask"]
+        self.dialect: Dialect = (
+            PlainOps(self.writer, self.config, embeds, mask)
+            if writing.plain
+            else ContribOps(self.writer, self.config, embeds, mask, half=writing.half)
+        )
+
+    def write(self) -> dict[str, ir.Value]:
+        """All nodes; returns the graph's outputs by name."""
+        residual, branch = self._placed(self.inputs["inputs_embeds"]), None
+        outputs: dict[str, ir.Value] = {}
+        for index, layer in enumerate(self.model.decoder.layers):
+            assert isinstance(layer, DecoderLayer)
+            past = [self.inputs[f"past_key_values.{index}.{kind}"] for kind in ("key", "value")]
+            residual, branch, present = self._layer(layer, residual, branch, past, f"layers.{index}")
+            outputs |= {f"present.{index}.{kind}": value for kind, value in zip(("key", "value"), present, strict=True)}
+        outputs["logits"] = self._head(residual, branch)
+        return outputs
+
+    def _placed(self, embeds: ir.Value) -> ir.Value:
+        """Rows plus the learned vectors of their positions, if the model has them."""
+        if self.config.positions != "learned":
+            return embeds
+        table = self.writer.weight(self.model.decoder.embed_positions.weight, "embed_positions.weight")
+        vectors = self.writer.one("Gather", [table, self.dialect.positions()], "embed_positions", axis=0)
+        return self.writer.one("Add", [embeds, vectors], "placed")
+
+    def _layer(
+        self, layer: DecoderLayer, residual: ir.Value, branch: ir.Value | None, past: Sequence[ir.Value], name: str
+    ) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
+        """Residual, the branch still to be added to it, and the layer's present key and value."""
+        add_norm = self.dialect.add_norm
+        normed, residual = add_norm(residual, branch, layer.input_layernorm, f"{name}.input_layernorm")
+        mixed, present = self._attention(layer.self_attn, normed, past, f"{name}.self_attn")
+        normed, residual = add_norm(residual, mixed, layer.post_attention_layernorm, f"{name}.post_attention_layernorm")
+        return residual, self._mlp(layer.mlp, normed, f"{name}.mlp"), present
+
+    def _attention(
+        self, attention: Attention, hidden: ir.Value, past: Sequence[ir.Value], name: str
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        config = self.config
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        projections = [
+            into_heads(f"decoder.{name}.{kind}", layer, config)
+            for kind, layer in zip(("q_proj", "k_proj", "v_proj"), layers, strict=True)
+        ]
+        norms = [head_norm(norm, config) for norm in (attention.q_norm, attention.k_norm)] if config.qk_norm else []
+        packed = self.matmuls.linear(hidden, projections, f"{name}.qkv_proj")
+        mixed, present = self.dialect.attend(packed, norms, past, name)
+        output = out_of_heads(f"decoder.{name}.o_proj", attention.o_proj, config)
+        return self.matmuls.linear(mixed, [output], f"{name}.o_proj"), present
+
+    def _mlp(self, mlp: SwiGLU | GeluMlp, hidden: ir.Value, name: str) -> ir.Value:
+        if isinstance(mlp, SwiGLU):
+            return self._gated_mlp(mlp, hidden, name)
+        inner = self._linear(hidden, {"fc1": mlp.fc1}, name, "fc1")
+        return self._linear(self.writer.one("Gelu", [inner], f"{name}.gelu"), {"fc2": mlp.fc2}, name, "fc2")
+
+    def _gated_mlp(self, mlp: SwiGLU, hidden: ir.Value, name: str) -> ir.Value:
+        both = self._linear(hidden, {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}, name, "gate_up_proj")
+        width = mlp.gate_proj.out_features
+        sizes = self.writer.integers(width, width)
+        gate, up = self.writer.op("Split", [both, sizes], f"{name}.split", num_outputs=2, attributes={"axis": -1})
+        gated = self.writer.one("Mul", [self.dialect.silu(gate, name), up], f"{name}.gated")
+        return self._linear(gated, {"down_proj": mlp.down_proj}, name, "down_proj")
+
+    def _linear(self, hidden: ir.Value, layers: Mapping[str, nn.Linear], above: str, name: str) -> ir.Value:
+        """The ``layers`` of the module ``above`` side by side, called ``name``."""
+        projections = [projection(f"decoder.{above}.{kind}", layer) for kind, layer in layers.items()]
+        return self.matmuls.linear(hidden, projections, f"{above}.{name}")
+
+    def _head(self, residual: ir.Value, branch: ir.Value | None) -> ir.Value:
+        last = self._last_row(residual, "residual")
+        rest = None if branch is None else self._last_row(branch, "branch")
+        normed, _ = self.dialect.add_norm(last, rest, self.model.decoder.norm, "norm")
+        weight = self.model.head_weight
+        head = Projection(path="lm_head", num_outputs=weight.shape[0], num_inputs=weight.shape[1], weight=weight.detach)
+        return self.matmuls.linear(normed, [head], "lm_head")
+
+    def _last_row(self, rows: ir.Value, name: str) -> ir.Value:
+        bounds = [self.writer.integers(number) for number in (-1, LAST_INDEX, 1)]
+        return self.writer.one("Slice", [rows, *bounds], f"{name}.last")
+
+
+def assemble(
+    writer: GraphWriter,
+    part: Part,
+    inputs: Mapping[str, ir.Value],
+    outputs: Mapping[str, ir.Value],
+    opsets: Mapping[str, int],
+) -> ir.Model:
     """Close the graph with the part's own tensor names, types and shapes."""
     for spec in part.outputs:
         value, declared = outputs[spec.name], graph_value(spec)
@@ -64,7 +191,7 @@ def assemble(writer: GraphWriter, part: Part, inputs: dict[str, ir.Value], outpu
         [outputs[spec.name] for spec in part.outputs],
         nodes=writer.nodes,
         initializers=list(writer.constants.values()),
-        opset_imports=OPSETS,
+        opset_imports=dict(opsets),
         name=part.name,
     )
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgevlm")
@@ -72,167 +199,4 @@ def assemble(writer: GraphWriter, part: Part, inputs: dict[str, ir.Value], outpu
 
 def graph_value(spec: TensorSpec) -> ir.Value:
     """A graph's input or output as ``spec`` declares it."""
-    dtype = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64"}[spec.dtype]]
-    return ir.Value(name=spec.name, shape=ir.Shape(list(spec.shape)), type=ir.TensorType(dtype))
-
-
-def _seen(writer: GraphWriter, mask: ir.Value) -> ir.Value:
-    """Rows [B] of each sequence, those in the kv cache included."""
-    one = writer.constant(np.array([1], np.int64), "one")
-    return writer.one("ReduceSum", [mask, one], "mask.sum", keepdims=0)
-
-
-def _lengths(writer: GraphWriter, mask: ir.Value, seen: ir.Value) -> list[ir.Value]:
-    """What GroupQueryAttention wants to know: last position per sequence and total length."""
-    last = writer.one("Sub", [seen, writer.constant(np.array([1], np.int64), "one")], "mask.last")
-    seqlens = writer.one("Cast", [last], "seqlens_k", to=int(ir.DataType.INT32))
-    total = _length(writer, mask, "mask")
-    total_length = writer.one("Cast", [total], "total_sequence_length", to=int(ir.DataType.INT32))
-    return [seqlens, total_length]
-
-
-def _length(writer: GraphWriter, value: ir.Value, name: str) -> ir.Value:
-    """The size of the second axis, a scalar."""
-    shape = writer.one("Shape", [value], f"{name}.shape")
-    return writer.one("Gather", [shape, writer.constant(np.array(1, np.int64), "one.scalar")], f"{name}.length", axis=0)
-
-
-def _rotary(writer: GraphWriter, config: DecoderConfig) -> list[ir.Value]:
-    cosine, sine = rotary_caches(config)
-    return [writer.weight(cosine, "rotary.cosine"), writer.weight(sine, "rotary.sine")]
-
-
-def _add_positions(writer: GraphWriter, embeds: ir.Value, seen: ir.Value, weight: Tensor) -> ir.Value:
-    """Rows plus the learned vectors of their positions, which begin where the kv cache ends."""
-    zero, one = (
-        writer.constant(np.array(number, np.int64), f"{name}.scalar") for number, name in ((0, "zero"), (1, "one"))
-    )
-    num_rows = _length(writer, embeds, "rows")
-    start = writer.one("Max", [writer.one("Sub", [seen, num_rows], "rows.before"), zero], "rows.start")
-    starts = writer.one("Unsqueeze", [start, writer.constant(np.array([1], np.int64), "one")], "rows.starts")
-    steps = writer.one("Range", [zero, num_rows, one], "rows.steps")
-    positions = writer.one("Add", [starts, steps], "positions")
-    table = writer.weight(weight, "embed_positions.weight")
-    return writer.one("Add", [embeds, writer.one("Gather", [table, positions], "embed_positions", axis=0)], "placed")
-
-
-def _layer(
-    writer: GraphWriter,
-    layer: DecoderLayer,
-    residual: ir.Value,
-    branch: ir.Value | None,
-    past: Sequence[ir.Value],
-    lengths: Sequence[ir.Value],
-    config: DecoderConfig,
-    name: str,
-) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
-    """Residual, the branch still to be added to it, and the layer's present key and value."""
-    normed, residual = _add_norm(writer, residual, branch, layer.input_layernorm, f"{name}.input_layernorm")
-    mixed, present = _attention(writer, layer.self_attn, normed, past, lengths, config, f"{name}.self_attn")
-    normed, residual = _add_norm(
-        writer, residual, mixed, layer.post_attention_layernorm, f"{name}.post_attention_layernorm"
-    )
-    return residual, _mlp(writer, layer.mlp, normed, f"{name}.mlp"), present
-
-
-def _add_norm(
-    writer: GraphWriter, residual: ir.Value, branch: ir.Value | None, norm: Norm, name: str
-) -> tuple[ir.Value, ir.Value]:
-    """Add ``branch`` to ``residual`` and norm the sum; returns the norm and the sum."""
-    weights = [writer.weight(norm.weight, f"{name}.weight")]
-    kind = "SimplifiedLayerNormalization"
-    if isinstance(norm, nn.LayerNorm):
-        weights.append(writer.weight(norm.bias, f"{name}.bias"))
-        kind = "LayerNormalization"
-    if branch is None:
-        return writer.one(kind, [residual, *weights], name, axis=-1, epsilon=norm.eps), residual
-    normed, _, _, total = writer.op(
-        f"Skip{kind}",
-        [residual, branch, *weights],
-        name,
-        domain=CONTRIB,
-        num_outputs=4,
-        attributes={"epsilon": norm.eps},
-    )
-    return normed, total
-
-
-def _attention(
-    writer: GraphWriter,
-    attention: Attention,
-    hidden: ir.Value,
-    past: Sequence[ir.Value],
-    lengths: Sequence[ir.Value],
-    config: DecoderConfig,
-    name: str,
-) -> tuple[ir.Value, list[ir.Value]]:
-    projections = [into_heads(layer, config) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    packed = writer.linear(hidden, projections, f"{name}.qkv_proj")
-    query, key, value = (
-        _normed_heads(writer, attention, packed, config, name) if config.qk_norm else (packed, None, None)
-    )
-    mixed, present_key, present_value = writer.op(
-        "GroupQueryAttention",
-        [query, key, value, *past, *lengths],
-        f"{name}.mixed",
-        domain=CONTRIB,
-        num_outputs=3,
-        attributes={
-            "num_heads": config.num_attention_heads,
-            "kv_num_heads": config.num_key_value_heads,
-            "do_rotary": int(config.positions == "rotary"),
-            "scale": config.head_dim**-0.5,
-        },
-    )
-    output = writer.linear(mixed, [out_of_heads(attention.o_proj, config)], f"{name}.o_proj")
-    return output, [present_key, present_value]
-
-
-def _normed_heads(
-    writer: GraphWriter, attention: Attention, packed: ir.Value, config: DecoderConfig, name: str
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Query, key and value apart, the first two with each head normed (Qwen3)."""
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, cache_head_size(config)
-    sizes = writer.constant(np.array([heads * size, kv_heads * size, kv_heads * size], np.int64), "qkv.sizes")
-    query, key, value = writer.op("Split", [packed, sizes], f"{name}.split", num_outputs=3, attributes={"axis": -1})
-    query = _norm_each_head(writer, query, head_norm(attention.q_norm, config), size, f"{name}.q_norm")
-    key = _norm_each_head(writer, key, head_norm(attention.k_norm, config), size, f"{name}.k_norm")
-    return query, key, value
-
-
-def _norm_each_head(writer: GraphWriter, rows: ir.Value, norm: RMSNorm, size: int, name: str) -> ir.Value:
-    apart = writer.constant(np.array([0, 0, -1, size], np.int64), "heads.apart")
-    joined = writer.constant(np.array([0, 0, -1], np.int64), "heads.joined")
-    heads = writer.one("Reshape", [rows, apart], f"{name}.apart")
-    normed, _ = _add_norm(writer, heads, None, norm, name)
-    return writer.one("Reshape", [normed, joined], f"{name}.joined")
-
-
-def _mlp(writer: GraphWriter, mlp: SwiGLU | GeluMlp, hidden: ir.Value, name: str) -> ir.Value:
-    if isinstance(mlp, SwiGLU):
-        return _gated_mlp(writer, mlp, hidden, name)
-    inner = writer.linear(hidden, [mlp.fc1], f"{name}.fc1")
-    return writer.linear(writer.one("Gelu", [inner], f"{name}.gelu"), [mlp.fc2], f"{name}.fc2")
-
-
-def _gated_mlp(writer: GraphWriter, mlp: SwiGLU, hidden: ir.Value, name: str) -> ir.Value:
-    both = writer.linear(hidden, [mlp.gate_proj, mlp.up_proj], f"{name}.gate_up_proj")
-    width = mlp.gate_proj.out_features
-    sizes = writer.constant(np.array([width, width], np.int64), "gate_up.sizes")
-    gate, up = writer.op("Split", [both, sizes], f"{name}.split", num_outputs=2, attributes={"axis": -1})
-    opened = writer.one("Mul", [gate, writer.one("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
-    return writer.linear(writer.one("Mul", [opened, up], f"{name}.gated"), [mlp.down_proj], f"{name}.down_proj")
-
-
-def _head(
-    writer: GraphWriter, decoder: Decoder, residual: ir.Value, branch: ir.Value | None, weight: Tensor
-) -> ir.Value:
-    last = [_last_row(writer, rows, name) for rows, name in ((residual, "residual"), (branch, "branch")) if rows]
-    normed, _ = _add_norm(writer, last[0], last[1] if branch else None, decoder.norm, "norm")
-    return writer.one("MatMul", [normed, writer.weight(weight.T, "lm_head.weight")], "logits")
-
-
-def _last_row(writer: GraphWriter, rows: ir.Value, name: str) -> ir.Value:
-    bounds: Iterable[tuple[str, int]] = (("last.start", -1), ("last.end", LAST_INDEX), ("last.axis", 1))
-    constants = [writer.constant(np.array([number], np.int64), label) for label, number in bounds]
-    return writer.one("Slice", [rows, *constants], f"{name}.last")
+    return ir.Value(name=spec.name, shape=ir.Shape(list(spec.shape)), type=ir.TensorType(DTYPES[spec.dtype]))

@@ -7,10 +7,13 @@ of the true width the graph computes the same, and its kv cache has the wide hea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgevlm.export.matmuls import Projection, projection
 from edgevlm.models.decoder import RMSNorm, rotary_table
 from edgevlm.shapes.config import DecoderConfig
 
@@ -29,20 +32,29 @@ def widen(tensor: Tensor, config: DecoderConfig) -> Tensor:
     return wide.flatten(0, 1)
 
 
-@torch.no_grad()
-def into_heads(layer: nn.Linear, config: DecoderConfig) -> nn.Linear:
+def into_heads(path: str, layer: nn.Linear, config: DecoderConfig) -> Projection:
     """A query, key or value projection that writes wide heads."""
+    narrow = projection(path, layer)
     if cache_head_size(config) == config.head_dim:
-        return layer
-    return _linear(widen(layer.weight, config), None if layer.bias is None else widen(layer.bias, config))
+        return narrow
+    return replace(
+        narrow,
+        num_outputs=narrow.num_outputs // config.head_dim * cache_head_size(config),
+        weight=lambda: widen(layer.weight.detach(), config),
+        bias=None if layer.bias is None else widen(layer.bias.detach(), config),
+    )
 
 
-@torch.no_grad()
-def out_of_heads(layer: nn.Linear, config: DecoderConfig) -> nn.Linear:
+def out_of_heads(path: str, layer: nn.Linear, config: DecoderConfig) -> Projection:
     """An output projection that reads wide heads."""
+    narrow = projection(path, layer)
     if cache_head_size(config) == config.head_dim:
-        return layer
-    return _linear(widen(layer.weight.T, config).T, layer.bias)
+        return narrow
+    return replace(
+        narrow,
+        num_inputs=narrow.num_inputs // config.head_dim * cache_head_size(config),
+        weight=lambda: widen(layer.weight.detach().T, config).T,
+    )
 
 
 @torch.no_grad()
@@ -71,11 +83,3 @@ def _places(config: DecoderConfig) -> Tensor:
         return torch.arange(config.head_dim)
     half = torch.arange(config.head_dim // 2)
     return torch.cat((half, half + cache_head_size(config) // 2))
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer

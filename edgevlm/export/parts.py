@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
 
 from edgevlm.bundle.manifest import TensorSpec
+from edgevlm.core.errors import UnsupportedError
 from edgevlm.export.heads import cache_head_size
 from edgevlm.models.vision.reparameterize import bake
 from edgevlm.models.vlm import Vlm
+from edgevlm.shapes.config import FastVitConfig, HybridConfig, MlpConfig, VlmConfig
 from edgevlm.shapes.fusion import FusionConfig
 from edgevlm.shapes.model_cost import num_fusion_rows
 
@@ -22,13 +24,15 @@ PartName = Literal["vision_encoder", "fusion", "embed_tokens", "decoder_model_me
 class Part:
     """One graph to be: the modules that it computes with, and its tensors by name, type and shape.
 
-    A string in a shape is a size that may differ from call to call.
+    A string in a shape is a size that may differ from call to call.  ``examples`` are values of such sizes that a
+    tracer may try; 2 is as good as any for those that it does not name.
     """
 
     name: PartName
     model: Vlm
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
+    examples: Mapping[str, int] = field(default_factory=dict)
 
 
 class VisionEncoder(nn.Module):
@@ -73,26 +77,65 @@ def traced_module(part: Part) -> nn.Module:
     return VisionEncoder(part.model) if part.model.fusion is None else FusedVisionEncoder(part.model)
 
 
-def split(model: Vlm) -> tuple[Part, ...]:
-    """The parts of ``model``, its encoder in inference form."""
+def split(model: Vlm, *, static_batch: bool = False, free_sizes: bool = False) -> tuple[Part, ...]:
+    """The parts of ``model``, its encoder in inference form.
+
+    ``static_batch``: the encoder reads one view a call.  ``free_sizes``: it reads any height and width that its stride
+    divides; raises UnsupportedError for an encoder whose picture has one size.
+    """
     model = bake(model)
     config = model.config
     D = config.decoder.hidden_size
-    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
-    embeds = TensorSpec(name="inputs_embeds", dtype="float32", shape=("batch", "sequence", D))
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch_size", "sequence"))
+    embeds = TensorSpec(name="inputs_embeds", dtype="float32", shape=("batch_size", "sequence", D))
     return (
-        *(_vision_parts(model) if config.fusion is None else _fused_parts(model, config.fusion)),
+        *_seeing_parts(model, static_batch, free_sizes),
         Part(name="embed_tokens", model=model, inputs=(ids,), outputs=(embeds,)),
         _decoder_part(model, embeds),
     )
 
 
-def _vision_parts(model: Vlm) -> tuple[Part]:
+def _seeing_parts(model: Vlm, static_batch: bool, free_sizes: bool) -> tuple[Part, ...]:
+    if free_sizes:
+        check_free_sizes(model.config)
+    if model.config.fusion is not None:  # its graphs read all the views of one picture at once, whatever is asked
+        return _fused_parts(model, model.config.fusion)
+    batch = 1 if static_batch else "batch_size"  # the name by which transformers.js knows it
+    return (_free_vision_part(model, batch) if free_sizes else _vision_part(model, batch),)
+
+
+def check_free_sizes(config: VlmConfig) -> None:
+    """Raise UnsupportedError unless one graph of the encoder can serve pictures of several sizes.
+
+    It can where convolutions alone tell positions apart and the projector works row by row: FastViT and the hybrid
+    encoder with the MLP projector.
+    """
+    vision, projector = config.vision, config.projector
+    if isinstance(vision, (FastVitConfig, HybridConfig)) and isinstance(projector, MlpConfig) and not config.fusion:
+        return
+    behind = "pre-fusion" if config.fusion else f"the projector {projector.type!r}"
+    raise UnsupportedError(
+        f"the encoder {vision.type!r} with {behind} reads pictures of one size; free sizes need a fastvit or hybrid "
+        f"encoder with an mlp projector: export once for each --image-size instead"
+    )
+
+
+def _vision_part(model: Vlm, batch: int | str) -> Part:
     config = model.config
     size, N, D = config.vision.image_size, config.num_vision_tokens, config.decoder.hidden_size
-    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, size, size))
-    features = TensorSpec(name="image_features", dtype="float32", shape=("batch", N, D))
-    return (Part(name="vision_encoder", model=model, inputs=(pixels,), outputs=(features,)),)
+    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=(batch, 3, size, size))
+    features = TensorSpec(name="image_features", dtype="float32", shape=(batch, N, D))
+    return Part(name="vision_encoder", model=model, inputs=(pixels,), outputs=(features,))
+
+
+def _free_vision_part(model: Vlm, batch: int | str) -> Part:
+    """Height and width differ in the tracer's example, lest it takes all pictures for squares."""
+    vision, D = model.config.vision, model.config.decoder.hidden_size
+    stride = vision.image_size // vision.grid_size
+    pixels = TensorSpec(name="pixel_values", dtype="float32", shape=(batch, 3, "height", "width"))
+    features = TensorSpec(name="image_features", dtype="float32", shape=(batch, "num_vision_tokens", D))
+    examples = {"height": 4 * stride, "width": 3 * stride}
+    return Part(name="vision_encoder", model=model, inputs=(pixels,), outputs=(features,), examples=examples)
 
 
 def _fused_parts(model: Vlm, fusion: FusionConfig) -> tuple[Part, Part]:
@@ -115,8 +158,8 @@ def _fused_parts(model: Vlm, fusion: FusionConfig) -> tuple[Part, Part]:
 
 def _decoder_part(model: Vlm, embeds: TensorSpec) -> Part:
     config = model.config.decoder
-    mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "total_sequence"))
-    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", 1, config.vocab_size))
+    mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch_size", "total_sequence"))
+    logits = TensorSpec(name="logits", dtype="float32", shape=("batch_size", 1, config.vocab_size))
     return Part(
         name="decoder_model_merged",
         model=model,
@@ -127,7 +170,7 @@ def _decoder_part(model: Vlm, embeds: TensorSpec) -> Part:
 
 def _cache(model: Vlm, prefix: str, length: str) -> list[TensorSpec]:
     config = model.config.decoder
-    shape = ("batch", config.num_key_value_heads, length, cache_head_size(config))
+    shape = ("batch_size", config.num_key_value_heads, length, cache_head_size(config))
     return [
         TensorSpec(name=f"{prefix}.{layer}.{kind}", dtype="float32", shape=shape)
         for layer in range(config.num_hidden_layers)

@@ -1,38 +1,26 @@
-"""A checkpoint becomes a bundle: load, lower each part, record the reference, verify, and only then appear."""
+"""A checkpoint becomes a bundle: load, record the reference, lower each part, verify, and only then appear."""
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, Manifest, PartFile
 from edgevlm.bundle.paths import MANIFEST_FILE
-from edgevlm.bundle.write import write_manifest, write_sums
+from edgevlm.bundle.write import write_sums
 from edgevlm.core.config import to_json, to_plain
-from edgevlm.core.errors import DISK_FULL, DoesNotFitError, ParityError
+from edgevlm.core.errors import DISK_FULL, ConfigError, DoesNotFitError, ParityError
 from edgevlm.core.files import atomic_directory, write_text
 from edgevlm.export import TARGETS
-from edgevlm.export.heads import cache_head_size
-from edgevlm.export.parts import split
-from edgevlm.export.provenance import provenance
-from edgevlm.export.target import Lowering, Target
-from edgevlm.export.texts import write_texts
-from edgevlm.families.licence import Licence, read_licence
-from edgevlm.models.as_session import fusion_shape
-from edgevlm.models.checkpoint import Checkpoint, load_model
-from edgevlm.models.vlm import Vlm
+from edgevlm.export.precisions import Precisions, precisions
+from edgevlm.export.provenance import Calibration
+from edgevlm.export.sizes import bundle_bytes
+from edgevlm.export.target import Lowering
+from edgevlm.export.writing import Plan, Report, step_names, write_bundle
+from edgevlm.models.checkpoint import load_model
 from edgevlm.processing.chat import user_message
-from edgevlm.verify import golden, verify_bundle
-
-logger = logging.getLogger(__name__)
-
-STEPS = ("load", "vision_encoder", "fusion", "embed_tokens", "decoder_model_merged", "golden", "verify")
-
-Report = Callable[[str], None]  # told the name of each of STEPS as it begins; fusion only where the model has one
+from edgevlm.verify import Verification, verify_all
 
 
 def export_bundle(
@@ -42,6 +30,13 @@ def export_bundle(
     out: str | Path,
     overwrite: bool = False,
     half_storage: bool = False,
+    encoder_precision: str | Sequence[str] = "fp32",
+    decoder_precision: str | Sequence[str] = "fp32",
+    plain: bool = False,
+    static_batch: bool = False,
+    calib: str | Path | None = None,
+    calib_samples: int = 32,
+    seed: int = 0,
     keep: bool = False,
     report: Report = lambda step: None,
     revision: str | None = None,
@@ -54,13 +49,25 @@ def export_bundle(
 ) -> Path:
     """Export ``model`` (folder, shipped name or hub id) to the folder ``out``, which appears only when it is whole.
 
-    ``half_storage`` stores weights that float16 holds exactly in half the bytes.  The arguments from ``revision`` on
-    are those of ``load_model``, which see.
+    ``encoder_precision`` and ``decoder_precision`` are one name or several (a list, or joined by commas); each makes
+    a file, and the first is what opens by default.  ``half_storage`` stores weights that float16 holds exactly in
+    half the bytes, ``plain`` writes decoders of standard operators alone, ``static_batch`` encoders of one picture
+    at a time.  What rounds is fitted to ``calib_samples`` pictures of the folder ``calib``, or to generated scenes
+    that follow from ``seed``.  The arguments from ``revision`` on are those of ``load_model``, which see.
 
-    Raises what ``load_model`` raises; DoesNotFitError when the disk is too small; ParityError when the export is not
-    the same model: with ``keep`` the failed bundle then stays beside ``out`` as ``<out>.failed``.
+    ``report`` is told each of ``steps`` as it begins.  Raises what ``load_model`` raises; ConfigError for a precision
+    that means nothing; DoesNotFitError when the disk is too small; ParityError when the export is not the same model:
+    with ``keep`` the failed bundle then stays beside ``out`` as ``<out>.failed``.
     """
-    lowering = TARGETS[target](Lowering(half_storage=half_storage))
+    wanted = precisions(encoder_precision, decoder_precision)
+    lowering = Lowering(half_storage=half_storage, plain=plain, static_batch=static_batch)
+    plan = Plan(
+        target=TARGETS[target](lowering),
+        lowering=lowering,
+        precisions=wanted,
+        calibration=_calibration(wanted, calib, calib_samples, seed),
+        report=report,
+    )
     out = Path(out)
     with atomic_directory(out, overwrite=overwrite, marker=MANIFEST_FILE) as root:
         report("load")
@@ -75,46 +82,25 @@ def export_bundle(
             max_context=max_context,
         )
         checkpoint.processor.input_ids([user_message("?", num_images=1)])  # a template that fails should fail now
-        _check_room(root, out, _bundle_bytes(checkpoint.model, half_storage))
-        _write(checkpoint, lowering, root, report)
+        _check_room(root, out, bundle_bytes(checkpoint.model, wanted, half_storage=half_storage))
+        write_bundle(checkpoint, plan, root)
         del checkpoint
         report("verify")
         _verify(root, out, keep)
     return out
 
 
-def _write(checkpoint: Checkpoint, lowering: Target, root: Path, report: Report) -> None:
-    """Everything in the bundle that needs PyTorch."""
-    licence = read_licence(checkpoint.folder)
-    _tell(checkpoint, licence)
-    write_texts(checkpoint, root, licence)
-    files, parts = [], split(checkpoint.model)
-    for part in parts:
-        report(part.name)
-        files.append(lowering.lower(part, root))
-    write_manifest(root, _manifest(checkpoint, files, licence))
-    report("golden")
-    golden.record(checkpoint.open(), root, checkpoint.suite)
-    write_sums(root)
-    _release(checkpoint.model, *(part.model for part in parts))
+def steps(wanted: Precisions) -> tuple[str, ...]:
+    """What ``export_bundle`` reports, in order; ``fusion`` only where the model has one."""
+    return ("load", *step_names(wanted), "verify")
 
 
-def _release(*models: Vlm) -> None:
-    """Give back the memory of the weights: the gate loads them once more, into the runtime.
-
-    Dropping the models is not enough, because torch.onnx keeps the graphs that it traced and all tensors in them.
-    """
-    for model in models:
-        for tensor in chain(model.parameters(), model.buffers()):
-            tensor.data = tensor.data.new_empty(0)
-
-
-def _tell(checkpoint: Checkpoint, licence: Licence | None) -> None:
-    """Whoever converts weights makes a derivative of them; some licences allow that for research only."""
-    if licence is not None:
-        logger.log(logging.WARNING if licence.restricted else logging.INFO, "licence of the weights: %s", licence)
-    elif checkpoint.family != "edgevlm":
-        logger.info("licence of the weights: the checkpoint states none; ask its authors before you pass it on")
+def _calibration(wanted: Precisions, folder: str | Path | None, num_samples: int, seed: int) -> Calibration:
+    if num_samples < 1:
+        raise ConfigError(f"calibration needs at least one picture, got {num_samples}")
+    if folder is not None and not wanted.calibrates:
+        raise ConfigError("nothing is calibrated in these precisions: leave the folder of pictures away")
+    return Calibration(folder=None if folder is None else Path(folder), num_samples=num_samples, seed=seed)
 
 
 def _check_room(root: Path, out: Path, needed: int) -> None:
@@ -123,23 +109,15 @@ def _check_room(root: Path, out: Path, needed: int) -> None:
         raise DoesNotFitError(f"{out}: the bundle takes about {needed:,} bytes, {free:,} are free: {DISK_FULL}")
 
 
-def _bundle_bytes(model: Vlm, half_storage: bool) -> int:
-    """What the weights take in the graphs; a tied head and the layers of a pre-fusion stand in two."""
-    twice = model.head_weight.nbytes if model.lm_head is None else 0
-    if model.fusion is not None:
-        twice += sum(parameter.nbytes for parameter in model.fusion.layers.parameters())
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters()) + twice
-    return num_bytes // 2 if half_storage else num_bytes
-
-
 def _verify(root: Path, out: Path, keep: bool) -> None:
-    """Run the gate and write its record; a bundle that fails stays only on request."""
-    verification = verify_bundle(root, check=False)
-    runtime = {name: value for name, value in verification.runtime.items() if not name.startswith("bundle")}
-    write_text(root / "verify.json", to_json(replace(verification, runtime=runtime)))
+    """Run the gate on every combination and write its record; a bundle that fails stays only on request."""
+    default, *variants = (_without_place(verification) for verification in verify_all(root, check=False))
+    record = {**to_plain(default), "variants": [to_plain(variant) for variant in variants]}
+    write_text(root / "verify.json", to_json(record))
     write_sums(root)
     try:
-        verification.require()
+        for verification in (default, *variants):
+            verification.require()
     except ParityError as error:
         if not keep:
             raise
@@ -149,26 +127,7 @@ def _verify(root: Path, out: Path, keep: bool) -> None:
         raise ParityError(f"{error}. The bundle is kept in {failed}") from error
 
 
-def _manifest(checkpoint: Checkpoint, parts: list[PartFile], licence: Licence | None) -> Manifest:
-    config = checkpoint.model.config
-    return Manifest(
-        schema=SCHEMA_VERSION,
-        name=checkpoint.name,
-        family=checkpoint.family,
-        parts=tuple(parts),
-        image=asdict(checkpoint.processor.image_spec),
-        prompt=asdict(checkpoint.processor.prompt_spec),
-        num_vision_tokens=config.num_vision_tokens,
-        decoder=DecoderShape(
-            num_layers=config.decoder.num_hidden_layers,
-            num_key_value_heads=config.decoder.num_key_value_heads,
-            head_size=cache_head_size(config.decoder),
-            hidden_size=config.decoder.hidden_size,
-            vocab_size=config.decoder.vocab_size,
-        ),
-        fusion=fusion_shape(config),
-        model=to_plain(config),
-        max_context=checkpoint.max_context,
-        suite=checkpoint.suite,
-        provenance=provenance(checkpoint, licence),
-    )
+def _without_place(verification: Verification) -> Verification:
+    """The record must not hold where this machine keeps the bundle, nor a hash that the record itself changes."""
+    runtime = {name: value for name, value in verification.runtime.items() if not name.startswith("bundle")}
+    return replace(verification, runtime=runtime)

@@ -7,57 +7,124 @@ import io
 import logging
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgevlm.bundle.manifest import PartFile
+from edgevlm.bundle.manifest import PartFile, TensorSpec
 from edgevlm.core.errors import UnsupportedError
-from edgevlm.export.decoder_graph import OPSETS, decoder_graph
+from edgevlm.export.clean_graph import clean
+from edgevlm.export.decoder_graph import DTYPES, Writing, decoder_graph
+from edgevlm.export.embedding_graph import TABLE, embedding_graph
+from edgevlm.export.encoder_int8 import quantize_static
+from edgevlm.export.free_views import take_views
+from edgevlm.export.half_graph import to_half
 from edgevlm.export.parts import Part, traced_module
-from edgevlm.export.target import Lowering
+from edgevlm.export.storage import row_table, save_graph, store_half
+from edgevlm.export.target import Extras, Lowering
 
-EXTERNAL_ABOVE_BYTES = 1 << 30  # one protobuf file ends at 2 GiB; large weights go to a file beside it
+OPSET = 21
+USUAL_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int8-dynamic": "_quantized", "int4": "_q4"}
+FLOATS = ("fp32", "fp16")
+READ_IN_VIEWS = ("idefics3", "smolvlm")  # whose processors hand over (B, S, 3, H, W)
 
 
 class OnnxTarget:
-    """One ``onnx/<part>.onnx`` per part, in float32.
+    """One ``onnx/<part><suffix>.onnx`` per part and precision.
 
-    With ``half_storage`` weights that float16 holds exactly are stored so: half the file, the same numbers,
-    since the runtime widens them once when it loads.
+    With ``half_storage`` weights of an fp32 graph that float16 holds exactly are stored so: half the file, the same
+    numbers, since the runtime widens them once when it loads.
     """
 
     def __init__(self, lowering: Lowering) -> None:
         self.lowering = lowering
 
-    def lower(self, part: Part, root: Path) -> PartFile:
-        """Write the part's graph and say what it is."""
-        graph = decoder_graph(part) if part.name == "decoder_model_merged" else traced_graph(part)
+    def lower(self, part: Part, root: Path, precision: str = "fp32", extras: Extras | None = None) -> PartFile:
+        """Write the part's graph and say what it is.
+
+        Raises UnsupportedError for a precision that the part cannot have.
+        """
+        extras = extras or Extras()
+        graph = self._graph(part, precision, extras)
         strip_notes(graph)
-        if self.lowering.half_storage:
-            store_half(graph)
-        (root / "onnx").mkdir(exist_ok=True)
-        path = root / "onnx" / f"{part.name}.onnx"
-        external = f"{path.name}_data" if _num_bytes(graph) > EXTERNAL_ABOVE_BYTES else None
-        ir.save(graph, path, external_data=external)
+        is_table = part.name == "embed_tokens"
+        name = f"{part.name}{self._suffix(part, precision, extras)}.onnx"
+        beside = save_graph(graph, root / "onnx" / name, external=True if is_table else None)
         return PartFile(
             part=part.name,
             target="onnx",
-            precision="fp32",
-            file=f"onnx/{path.name}",
-            extra_files=(f"onnx/{external}",) if external else (),
-            inputs=tuple(part.inputs),
-            outputs=tuple(part.outputs),
+            precision=precision,
+            file=f"onnx/{name}",
+            extra_files=tuple(f"onnx/{other}" for other in beside),
+            inputs=_as_written(part.inputs, graph.graph.inputs),
+            outputs=_as_written(part.outputs, graph.graph.outputs),
+            cache="grown" if self._is_plain(part) else "shared",
+            table=row_table(root, f"onnx/{name}", TABLE) if is_table else None,
         )
+
+    def _graph(self, part: Part, precision: str, extras: Extras) -> ir.Model:
+        half_storage = self.lowering.half_storage and precision == "fp32"
+        if part.name == "decoder_model_merged":
+            return self._decoder(part, precision, extras, half_storage)
+        if part.name == "embed_tokens":
+            _check_precision(part, precision, FLOATS)
+            return embedding_graph(part, half=precision == "fp16", half_storage=half_storage)
+        _check_precision(part, precision, (*FLOATS, "int8"))
+        graph = traced_graph(part)
+        clean(graph)
+        if part.name == "vision_encoder" and part.model.config.model_type in READ_IN_VIEWS:
+            take_views(graph)
+        if precision == "fp16":
+            to_half(graph)
+        elif precision == "int8":
+            quantize_static(graph, extras.calibration or ())
+        elif half_storage:
+            store_half(graph)
+        return graph
+
+    def _decoder(self, part: Part, precision: str, extras: Extras, half_storage: bool) -> ir.Model:
+        if precision in FLOATS:
+            half = precision == "fp16"
+            writing = Writing(plain=self.lowering.plain, half=half, half_storage=half_storage)
+            graph = decoder_graph(part, writing)
+            if half:
+                to_half(graph)
+            return graph
+        if extras.quantized is None:
+            raise UnsupportedError(
+                f"{part.name} in {precision} needs codes, which edgevlm.quant makes: none were given"
+            )
+        assert extras.quantized.precision == precision, f"{precision} from codes of {extras.quantized.precision}"
+        return decoder_graph(part, Writing(quantized=extras.quantized.weights, plain=self.lowering.plain))
+
+    def _suffix(self, part: Part, precision: str, extras: Extras) -> str:
+        usual = USUAL_SUFFIXES[precision.split("-b")[0]]
+        chosen = usual if extras.suffix is None else extras.suffix
+        return f"{chosen}_plain" if self._is_plain(part) else chosen
+
+    def _is_plain(self, part: Part) -> bool:
+        return self.lowering.plain and part.name == "decoder_model_merged"
+
+
+def _check_precision(part: Part, precision: str, known: Sequence[str]) -> None:
+    if precision not in known:
+        raise UnsupportedError(f"{part.name} cannot be exported in {precision!r}; it can in {', '.join(known)}")
+
+
+def _as_written(specs: Sequence[TensorSpec], values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    """``specs`` with the element types that the graph has by now."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    found = {value.name: names[value.dtype] for value in values if value.dtype is not None}
+    return tuple(replace(spec, dtype=found[spec.name]) for spec in specs)
 
 
 def traced_graph(part: Part) -> ir.Model:
     """The part as ``torch.onnx`` sees it, with the part's own names and free sizes."""
-    example = tuple(_example(spec.shape, spec.dtype) for spec in part.inputs)
+    example = tuple(_example(spec, part.examples) for spec in part.inputs)
     free = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in part.inputs
@@ -70,7 +137,7 @@ def traced_graph(part: Part) -> ir.Model:
                 input_names=[spec.name for spec in part.inputs],
                 output_names=[spec.name for spec in part.outputs],
                 dynamic_shapes=free,
-                opset_version=OPSETS[""],
+                opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
             )
@@ -90,41 +157,10 @@ def strip_notes(model: ir.Model) -> None:
         thing.doc_string = None
 
 
-def store_half(model: ir.Model) -> None:
-    """Keep every float32 weight that float16 holds exactly as float16, followed by a Cast."""
-    for name, value in list(model.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 64:
-            continue
-        wide = tensor.numpy()
-        with np.errstate(over="ignore"):
-            narrow = wide.astype(np.float16)
-        if np.array_equal(narrow.astype(np.float32), wide):
-            _replace_by_cast(model.graph, value, narrow, name)
-
-
-def _replace_by_cast(graph: ir.Graph, value: ir.Value, narrow: np.ndarray, name: str) -> None:
-    tensor = ir.tensor(narrow, name=f"{name}.half")
-    stored = ir.Value(
-        name=tensor.name, shape=ir.Shape(narrow.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    attributes = ir.convenience.convert_attributes({"to": int(ir.DataType.FLOAT)})
-    cast = ir.Node("", "Cast", [stored], attributes, num_outputs=1, name=f"node.{name}.widen")
-    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = (
-        f"{name}.wide",
-        value.shape,
-        value.type,
-    )
-    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-    del graph.initializers[name]
-    graph.register_initializer(stored)
-    graph.insert_before(graph[0], cast)
-
-
-def _example(shape: tuple[int | str, ...], dtype: str) -> Tensor:
-    """A tensor of 2 wherever the size is free: the tracer takes 1 for a constant."""
-    sizes = [size if isinstance(size, int) else 2 for size in shape]
-    return torch.zeros(sizes, dtype=torch.int64 if dtype == "int64" else torch.float32)
+def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+    """Zeros, with 2 for a free size that ``sizes`` does not know: the tracer takes 1 for a constant."""
+    shape = [size if isinstance(size, int) else sizes.get(size, 2) for size in spec.shape]
+    return torch.zeros(shape, dtype=torch.int64 if spec.dtype == "int64" else torch.float32)
 
 
 def _name_free_sizes(model: ir.Model, part: Part) -> None:
@@ -133,10 +169,6 @@ def _name_free_sizes(model: ir.Model, part: Part) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.name is not None
         value.shape = ir.Shape(list(specs[value.name].shape))
-
-
-def _num_bytes(model: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 @contextlib.contextmanager

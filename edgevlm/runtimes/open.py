@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,137 @@ from edgevlm.core.registry import Registry
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import Processor
 from edgevlm.processing.split import Crops
-from edgevlm.runtimes.session import BundleSession
+from edgevlm.runtimes.choices import Choices, PartChoice, Wishes
+from edgevlm.runtimes.composed import ComposedSession, Engines
+from edgevlm.runtimes.embedding_table import EmbeddingTable
+from edgevlm.runtimes.engines import BackEnd, Embedding
+from edgevlm.runtimes.tuned import tuned_choices
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shipped import find_bundle
 
-RUNTIMES: Registry[Callable[..., BundleSession]] = Registry(
+RUNTIMES: Registry[type[BackEnd]] = Registry(
     "runtime",
-    {"onnxruntime": "edgevlm.runtimes.on_onnxruntime:OnnxRuntimeSession"},
+    {
+        "onnxruntime": "edgevlm.runtimes.on_onnxruntime:OnnxRuntime",
+        "openvino": "edgevlm.runtimes.on_openvino:OpenVino",
+        "openvino-bf16": "edgevlm.runtimes.on_openvino:OpenVinoBf16",
+    },
     group="edgevlm.runtimes",
 )
 
 
 def open_bundle(
-    path: str | Path, runtime: str = "onnxruntime", *, threads: int | None = None, check: bool = True
+    path: str | Path,
+    runtime: str | None = None,
+    *,
+    encoder_runtime: str | None = None,
+    decoder_runtime: str | None = None,
+    device: str | None = None,
+    encoder_precision: str | None = None,
+    decoder_precision: str | None = None,
+    threads: int | None = None,
+    optimize: str | None = None,
+    check: bool = True,
 ) -> RuntimeVlm:
     """Load a bundle, given as a folder or as a shipped name such as ``nano``.
 
-    ``check`` compares every file with its hash the first time.  Raises UnsupportedError for an unknown
-    ``runtime``, MissingLibraryError when its library is not installed, IntegrityError for a damaged bundle
-    or one whose parts disagree.
+    ``runtime`` and ``device`` are for both halves, ``encoder_runtime`` (the fusion included) and ``decoder_runtime``
+    go before it; the precisions are those that the bundle holds.  What is not said comes from the bundle's tune.json
+    where it knows this machine, for the goal ``optimize`` (ttft, throughput, memory) or the one it was tuned for; else
+    it is ONNX Runtime on the CPU's physical cores with the bundle's first precision.  ``check`` compares every file
+    with its hash the first time.
+
+    Raises UnsupportedError for an unknown runtime or device, or a precision that the bundle lacks,
+    MissingLibraryError when a library is not installed, UsageError for a goal that nothing was tuned for,
+    IntegrityError for a damaged bundle or one whose parts disagree.
     """
-    back_end = RUNTIMES[runtime]
+    wishes = Wishes(
+        runtime=runtime,
+        encoder_runtime=encoder_runtime,
+        decoder_runtime=decoder_runtime,
+        device=device,
+        encoder_precision=encoder_precision,
+        decoder_precision=decoder_precision,
+        threads=threads,
+        optimize=optimize,
+    )
+    return open_as_wished(path, wishes, check=check)
+
+
+def open_as_wished(path: str | Path, wishes: Wishes, *, check: bool = True) -> RuntimeVlm:
+    """What ``open_bundle`` does, with everything that was wished in one value."""
     bundle = read_bundle(find_bundle(str(path)), check=check)
     manifest = bundle.manifest
+    choices = wishes.over(tuned_choices(bundle, wishes.optimize, known=RUNTIMES) or Choices())
+    halves = _Halves(bundle, choices)
     processor = Processor.from_folder(bundle.root, manifest.image, manifest.prompt)
     _check_agreement(manifest, processor)
-    session = back_end(bundle, threads=threads)
-    info = {"runtime": runtime, **session.info, **_describe(bundle)}
+    session = ComposedSession(halves.open())
     return RuntimeVlm(
         session,
         processor,
         name=manifest.name,
         max_context=manifest.max_context,
-        info=info,
+        info={**halves.info(), **_describe(bundle)},
         fusion=manifest.fusion,
         vocab_size=manifest.decoder.vocab_size,
     )
+
+
+class _Halves:
+    """The files and back ends of encoder and decoder; one back end where both were chosen alike."""
+
+    def __init__(self, bundle: Bundle, choices: Choices) -> None:
+        self._bundle, self._choices = bundle, choices
+        encoder, decoder = choices.encoder, choices.decoder
+        self._encoder = bundle.manifest.part("vision_encoder", precision=encoder.precision)
+        self._decoder = bundle.manifest.part("decoder_model_merged", precision=decoder.precision)
+        self._decoder_runs = _back_end(decoder)
+        alike = replace(encoder, precision=None) == replace(decoder, precision=None)
+        self._encoder_runs = self._decoder_runs if alike else _back_end(encoder)
+
+    @property
+    def _parts(self) -> list[PartFile]:
+        fusion = [self._beside("fusion", self._encoder)] if self._bundle.manifest.fusion else []
+        return [self._encoder, *fusion, self._beside("embed_tokens", self._decoder), self._decoder]
+
+    def open(self) -> Engines:
+        """Load every part that runs."""
+        bundle, (_, *fusion, rows, _) = self._bundle, self._parts
+        encoder = self._encoder_runs.open_encoder(bundle, self._encoder)
+        embedding = self._open_embedding(rows)
+        return Engines(
+            encoder=encoder,
+            fusion=self._encoder_runs.open_fusion(bundle, fusion[0]) if fusion else None,
+            embedding=embedding,
+            decoder=self._decoder_runs.open_decoder(bundle, self._decoder, embedding),
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What a measurement must say: of the decoder at the top, of the encoder below."""
+        encoder = {"runtime": self._choices.encoder.runtime, **self._encoder_runs.info}
+        return {
+            "runtime": self._choices.decoder.runtime,
+            **self._decoder_runs.info,
+            "encoder": {**encoder, "precision": self._encoder.precision},
+            "precisions": {part.part: part.precision for part in self._parts},
+        }
+
+    def _beside(self, name: str, chosen: PartFile) -> PartFile:
+        """The part ``name`` in the precision of ``chosen`` where the bundle has it, else its first."""
+        manifest = self._bundle.manifest
+        found = {part.precision for part in manifest.parts if (part.part, part.target) == (name, chosen.target)}
+        return manifest.part(name, precision=chosen.precision if chosen.precision in found else None)
+
+    def _open_embedding(self, part: PartFile) -> Embedding:
+        """The rows as they lie in their file; an engine only where nothing says where that is."""
+        if part.table is not None:
+            return EmbeddingTable(self._bundle, part.table)
+        return self._decoder_runs.open_embedding(self._bundle, part)
+
+
+def _back_end(choice: PartChoice) -> BackEnd:
+    return RUNTIMES[choice.runtime](device=choice.device, threads=choice.threads)
 
 
 def _check_agreement(manifest: Manifest, processor: Processor) -> None:
@@ -79,14 +175,20 @@ def _check_encoder(manifest: Manifest, part: PartFile, image: ImageSpec) -> None
 
 
 def _check_fusion(manifest: Manifest, part: PartFile) -> None:
-    encoder = manifest.part("vision_encoder", part.target)
-    given, taken = (_shapes(one).get("fusion_cache", ()) for one in (encoder, part))
+    for encoder in manifest.parts:  # every precision of it may be asked to run with this fusion
+        if (encoder.part, encoder.target) == ("vision_encoder", part.target):
+            _check_fusion_cache(manifest, encoder, part)
+
+
+def _check_fusion_cache(manifest: Manifest, encoder: PartFile, fusion: PartFile) -> None:
+    given, taken = (_shapes(one).get("fusion_cache", ()) for one in (encoder, fusion))
     if not given:
-        raise _disagreement(manifest, f"{part.file} reads a fusion_cache, which {encoder.file} does not give")
+        raise _disagreement(manifest, f"{fusion.file} reads a fusion_cache, which {encoder.file} does not give")
     pairs = zip(given, taken, strict=False)
     if len(given) != len(taken) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
         raise _disagreement(
-            manifest, f"{encoder.file} gives a fusion_cache of {_by(given)}, {part.file} takes {_by(taken) or 'none'}"
+            manifest,
+            f"{encoder.file} gives a fusion_cache of {_by(given)}, {fusion.file} takes {_by(taken) or 'none'}",
         )
 
 
@@ -114,5 +216,4 @@ def _describe(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.root),
         "bundle_sha256": hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
         "family": bundle.manifest.family,
-        "precisions": {part.part: part.precision for part in reversed(bundle.manifest.parts)},  # the first counts
     }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,13 +76,4 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Give the memory back; the session cannot be used afterwards."""
-        ...
-
-
-class BundleSession(Session, Protocol):
-    """A session that a runtime opened from a bundle, and can say what it runs on."""
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """Library, version, device and threads: what a measurement must carry."""
         ...

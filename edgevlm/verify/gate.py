@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgevlm.bundle.golden import load_golden
+from edgevlm.bundle.manifest import Manifest
 from edgevlm.bundle.read import read_bundle
-from edgevlm.core.errors import EdgeVLMError, InputError, IntegrityError, ParityError
-from edgevlm.evaluation.scenes import GENERATOR_VERSION
-from edgevlm.processing.picture import Picture
-from edgevlm.processing.processor import Processor
-from edgevlm.runtimes.embedding import Encode
-from edgevlm.runtimes.open import open_bundle
-from edgevlm.runtimes.prompt_rows import PromptRows
-from edgevlm.runtimes.session import Float, Ints, Session
+from edgevlm.core.errors import ParityError, UsageError
+from edgevlm.runtimes.choices import DEFAULT_RUNTIME, Wishes
+from edgevlm.runtimes.open import open_as_wished
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shipped import find_bundle
-from edgevlm.verify import golden
-from edgevlm.verify.stages import StageResult, compare, compare_ids, worst
-from edgevlm.verify.thresholds import Threshold, thresholds
+from edgevlm.verify.cases import GoldenCase, golden_cases
+from edgevlm.verify.stages import StageResult, worst
+from edgevlm.verify.task import TaskResult, task_result, task_stage
+from edgevlm.verify.thresholds import FLOATS, Combination, Computed
+from edgevlm.verify.walk import begin, stages, whole_way
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """Exact-match accuracy of the bundle and of PyTorch on the same questions, and how many answers are equal."""
-
-    suite: str
-    num_questions: int
-    num_equal: int
-    accuracy: float
-    reference_accuracy: float
+NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was compared, with which result."""
+    """What was compared, with which result.  ``precision`` is the decoder's."""
 
     bundle: str
     precision: str
+    encoder_precision: str = "fp32"
     runtime: Mapping[str, Any]
     stages: tuple[StageResult, ...]
     task: TaskResult | None
     passed: bool
+
+    @property
+    def combination(self) -> str:
+        """The precisions of both halves, as a sentence names them."""
+        return f"{self.encoder_precision} encoder with {self.precision} decoder"
 
     @property
     def broken(self) -> StageResult | None:
@@ -61,186 +51,117 @@ class Verification:
         broken = self.broken
         if broken is None:
             return self
-        note = f" ({broken.note})" if broken.note else ""
+        exact = self.encoder_precision == self.precision == "fp32"
+        what = self.bundle if exact else f"{self.bundle}, {self.combination}"
         raise ParityError(
-            f"{self.bundle}: stage {broken.stage} differs from PyTorch: largest difference {broken.max_abs:.3g}, "
-            f"allowed {broken.tolerance:.3g}{note}. Likely {broken.cause}"
+            f"{what}: stage {broken.stage} differs from PyTorch: {broken.complaint}. Likely {broken.cause}"
         )
 
 
-def verify_bundle(path: Path | str, *, runtime: str = "onnxruntime", check: bool = True) -> Verification:
-    """Compare a bundle (folder or shipped name) with its golden tensors.
+def verify_bundle(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool = True) -> Verification:
+    """Compare a bundle (folder or shipped name) with its golden tensors, as ``wishes`` would open it.
 
     Raises what opening raises; a difference is a result, not an exception: see ``Verification.require``.
     """
     root = find_bundle(path)
-    manifest = read_bundle(root, check=check).manifest
-    table = thresholds(manifest.part("decoder_model_merged").precision)
-    with open_bundle(root, runtime, check=False) as vlm:
-        stages = _compared(vlm, _cases(root), table)
-        task = _task(vlm, load_golden(root)[1]) if all(result.passed for result in stages) else None
+    read_bundle(root, check=check)
+    with open_as_wished(root, wishes, check=False) as vlm:
+        combination = combination_of(vlm)
+        results = _compared(vlm, golden_cases(root), combination)
+        sound = all(result.passed for result in results)
+        task = task_result(vlm, load_golden(root)[1], combination) if sound else None
         if task:
-            stages.append(_task_stage(task))
+            results.append(task_stage(task, combination))
         return Verification(
-            bundle=manifest.name,
-            precision=manifest.part("decoder_model_merged").precision,
+            bundle=vlm.name,
+            precision=combination.decoder.precision,
+            encoder_precision=combination.encoder.precision,
             runtime=vlm.info,
-            stages=tuple(stages),
+            stages=tuple(results),
             task=task,
-            passed=all(result.passed for result in stages),
+            passed=all(result.passed for result in results),
         )
 
 
-def golden_answers_match(vlm: RuntimeVlm) -> str | None:
-    """None when the model still gives its golden ids, else the complaint; a benchmark times only what is right.
+def verify_all(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool = True) -> tuple[Verification, ...]:
+    """``verify_bundle`` for the default combination of precisions, then each other precision of each half.
 
-    A model that was not opened from a bundle has nothing to be compared with, and passes.
+    Raises UsageError for ``wishes`` that name a precision.
+    """
+    if wishes.encoder_precision or wishes.decoder_precision:
+        raise UsageError("all precisions are verified, or the one that is named: give either --all or a precision")
+    root = find_bundle(path)
+    manifest = read_bundle(root, check=check).manifest
+    return tuple(
+        verify_bundle(root, replace(wishes, encoder_precision=encoder, decoder_precision=decoder), check=False)
+        for encoder, decoder in combinations(manifest)
+    )
+
+
+def combinations(manifest: Manifest) -> list[tuple[str, str]]:
+    """Precisions of encoder and decoder: the defaults, then each other one beside a partner.
+
+    A decoder's partner is the first float encoder, so that what is found is the decoder's; an encoder's is the
+    default decoder.
+    """
+    encoders, decoders = (_precisions(manifest, part) for part in ("vision_encoder", "decoder_model_merged"))
+    partner = next((precision for precision in encoders if precision in FLOATS), encoders[0])
+    pairs = [
+        (encoders[0], decoders[0]),
+        *((partner, decoder) for decoder in decoders[1:]),
+        *((encoder, decoders[0]) for encoder in encoders[1:]),
+    ]
+    return list(dict.fromkeys(pairs))
+
+
+def golden_answers_match(vlm: RuntimeVlm) -> str | None:
+    """None when the model still answers its golden cases as it may, else the complaint.
+
+    A benchmark times only what is right: greedy ids must be PyTorch's, or, where precisions round, the logits of the
+    whole way near enough.  A model that was not opened from a bundle has nothing to be compared with, and passes.
     """
     root = vlm.info.get("bundle")
     if root is None:
         return None
     with vlm.exclusive() as session:
-        for number, case in enumerate(_cases(Path(root))):
-            prompt = golden.prompt_of(vlm, case.tensors["input_ids"], case.tensors["pixel_values"])
-            found = _greedy(session, prompt, golden.encoder(session), len(case.tensors["greedy_ids"]))
-            result = compare_ids("greedy_ids", case.tensors["greedy_ids"], found)
-            if not result.passed:
-                return f"golden case {number}: {result.note}"
+        for number, case in enumerate(golden_cases(Path(root))):
+            for result in whole_way(begin(session, vlm, case, combination_of(vlm))):
+                if not result.passed:
+                    return f"golden case {number}: {result.note or result.complaint}"
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class GoldenCase:
-    """A recorded case: its picture's file, its prompt and every stage's tensors."""
-
-    picture: Path
-    prompt: str
-    tensors: golden.Tensors
-
-
-def _cases(root: Path) -> list[GoldenCase]:
-    """Raises IntegrityError when ``golden/`` lacks something that ``golden.record`` writes."""
-    tensors, meta = load_golden(root)
-    cases = []
-    try:
-        for number, prompt in enumerate(meta["prompts"]):
-            own = {name: tensors[f"{number}.{name}"] for name in golden.TENSORS}
-            cases.append(GoldenCase(picture=golden.picture(root, number), prompt=prompt, tensors=own))
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{root}: golden/ is incomplete ({error}): export the bundle again") from error
-    if not cases:
-        raise IntegrityError(f"{root}: golden/ holds no case, so nothing can be compared: export the bundle again")
-    return cases
+def combination_of(vlm: RuntimeVlm) -> Combination:
+    """What an opened bundle runs on, and in which precisions."""
+    info, precisions = vlm.info, vlm.info.get("precisions", {})
+    encoder, runtime = info.get("encoder", {}), str(info.get("runtime", DEFAULT_RUNTIME))
+    return Combination(
+        encoder=Computed(
+            precision=encoder.get("precision") or precisions.get("vision_encoder", "fp32"),
+            runtime=encoder.get("runtime", runtime),
+        ),
+        decoder=Computed(precision=precisions.get("decoder_model_merged", "fp32"), runtime=runtime),
+        embedding=precisions.get("embed_tokens", "fp32"),
+    )
 
 
-def _compared(vlm: RuntimeVlm, cases: Sequence[GoldenCase], table: Mapping[str, Threshold]) -> list[StageResult]:
-    """Each stage's worst case; a case ends at its first broken stage, since what follows would only repeat it."""
+def _precisions(manifest: Manifest, part: str) -> list[str]:
+    return [file.precision for file in manifest.parts if (file.part, file.target) == (part, "onnx")]
+
+
+def _compared(vlm: RuntimeVlm, cases: Sequence[GoldenCase], combination: Combination) -> list[StageResult]:
+    """Each stage's worst case."""
     by_stage: dict[str, list[StageResult]] = {}
-    with vlm.exclusive() as session:
-        for case in cases:
-            for result in _stages(session, vlm, case, table):
-                by_stage.setdefault(result.stage, []).append(result)
-                if not result.passed:
-                    break
+    for result in _results(vlm, cases, combination):
+        by_stage.setdefault(result.stage, []).append(result)
     return [worst(results) for results in by_stage.values()]
 
 
-def _stages(
-    session: Session, vlm: RuntimeVlm, case: GoldenCase, table: Mapping[str, Threshold]
-) -> Iterator[StageResult]:
-    """Every stage in the order of the data; all but the last read golden inputs, so a fault stays where it is.
-
-    ``fused_embeds`` alone reads what the encoder just gave, whose memory of the picture is too large to store.
-    """
-    expected, picture = case.tensors, _prepared(vlm.processor, case)
-    prompt = golden.prompt_of(vlm, expected["input_ids"], expected["pixel_values"])
-    encode = golden.encoder(session)
-
-    def close(stage: str, reference: Float, compute: Callable[[], Float]) -> StageResult:
-        allowed = table[stage].allowed(reference)
-        try:
-            return compare(stage, reference, compute(), allowed)
-        except EdgeVLMError as error:  # the engine gave up: that is this stage's result
-            return StageResult(stage=stage, max_abs=float("inf"), tolerance=allowed, passed=False, note=str(error))
-
-    def text(rows: Float) -> Float:
-        return np.delete(rows, prompt.positions, axis=1)
-
-    yield _pixels(vlm.processor, expected["pixel_values"], picture.pixel_values, table)
-    yield close(
-        "image_features",
-        expected["image_features"],
-        lambda: encode(golden.PICTURE, expected["pixel_values"]).tokens,
-    )
-    found = golden.input_ids(vlm.processor, case.prompt, picture.grid)
-    yield compare_ids("input_ids", expected["input_ids"], found)
-    embeds = text(expected["inputs_embeds"])
-    yield close("inputs_embeds", embeds, lambda: text(session.embed(prompt.ids_to_embed()[None])))
-    if prompt.fused is not None:
-        fused = expected["prompt_rows"][:, prompt.fused]
-        yield close("fused_embeds", fused, lambda: golden.prompt_rows(session, prompt, encode)[:, prompt.fused])
-    rows, given = expected["prompt_rows"], expected["greedy_ids"][: len(expected["decode_logits"])].tolist()
-    yield close("prefill_logits", expected["prefill_logits"], lambda: golden.prefill_logits(session, rows))
-    steps = expected["decode_logits"]
-    yield close("decode_logits", steps, lambda: np.stack([session.decode(token) for token in given]))
-    ids = expected["greedy_ids"]
-    yield compare_ids("greedy_ids", ids, _greedy(session, prompt, encode, len(ids)))
-
-
-def _prepared(processor: Processor, case: GoldenCase) -> Picture:
-    """The case's picture, as this machine prepares it."""
-    try:
-        return processor.prepare(case.picture)
-    except InputError as error:
-        raise IntegrityError(f"golden/ is damaged: {error}; copy or export the bundle again") from error
-
-
-def _pixels(processor: Processor, expected: Float, found: Float, table: Mapping[str, Threshold]) -> StageResult:
-    """Single values may round differently; the mean over the picture may not move.
-
-    The table counts in levels of a channel from 0 to 1; the smallest std stretches them most.
-    """
-    stretch = 1 / min(processor.image_spec.std)
-    result = compare("pixels", expected, found, table["pixels"].max_abs * stretch)
-    drift = float(np.abs(expected - found).mean()) if result.passed else 0.0
-    allowed = table["pixels_mean"].max_abs * stretch
-    if drift <= allowed:
-        return result
-    return replace(result, max_abs=drift, tolerance=allowed, passed=False, note="of the mean over all pixels")
-
-
-def _greedy(session: Session, prompt: PromptRows, encode: Encode, steps: int) -> Ints:
-    """Greedy ids by the bundle's own parts from pixels on."""
-    rows = golden.prompt_rows(session, prompt, encode)
-    return golden.continue_greedily(session, rows, steps)[0]
-
-
-def _task(vlm: RuntimeVlm, meta: Mapping[str, Any]) -> TaskResult | None:
-    """The task score, where the model has a task; skipped, and said so, when the generator draws other pictures now."""
-    task = meta.get("task")
-    if not task:
-        return None
-    if task["generator_version"] != GENERATOR_VERSION:
-        logger.warning("task score skipped: the bundle was made with scene generator %s", task["generator_version"])
-        return None
-    suite = golden.task_suite(task["suite"])
-    answers = golden.task_answers(vlm, suite)
-    return TaskResult(
-        suite=task["suite"],
-        num_questions=len(answers),
-        num_equal=_num_equal(answers, task["answers"]),
-        accuracy=golden.accuracy(suite, answers),
-        reference_accuracy=task["accuracy"],
-    )
-
-
-def _num_equal(found: Sequence[str], expected: Sequence[str]) -> int:
-    if len(found) != len(expected):
-        raise EdgeVLMError(f"{len(found)} task answers, the golden ones are {len(expected)}: export the bundle again")
-    return sum(a == b for a, b in zip(found, expected, strict=True))
-
-
-def _task_stage(task: TaskResult) -> StageResult:
-    differ = task.num_questions - task.num_equal
-    note = f"{task.num_equal} of {task.num_questions} answers equal, exact match {task.accuracy:.3f}"
-    return StageResult(stage="task", max_abs=float(differ), tolerance=0.0, passed=not differ, note=note)
+def _results(vlm: RuntimeVlm, cases: Sequence[GoldenCase], combination: Combination) -> Iterator[StageResult]:
+    """A case ends at its first broken stage, since what follows would only repeat it."""
+    with vlm.exclusive() as session:
+        for case in cases:
+            for result in stages(begin(session, vlm, case, combination)):
+                yield result
+                if not result.passed:
+                    break

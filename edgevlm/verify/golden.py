@@ -1,13 +1,14 @@
 """What is asked of the reference once, and of every bundle afterwards.
 
-``record`` runs the cases through a session (PyTorch's, at export) and keeps pictures, prompts and tensors in
-the bundle's ``golden/``.  The pictures are generated scenes, of other sizes than the model's own, so that
-size, fit and filter matter; a model that cuts pictures into tiles gets one that makes several, but few.
+``recorded`` runs the cases through a session (PyTorch's, at export), and pictures, prompts and tensors are kept in
+the bundle's ``golden/``.  Every precision that rounds adds what the same rounding gives in PyTorch.  The pictures
+are generated scenes, of other sizes than the model's own, so that size, fit and filter matter; a model that cuts
+pictures into tiles gets one that makes several, but few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from edgevlm.runtimes.vlm import RuntimeVlm
 
 NUM_GREEDY_IDS = 32  # at export; a bundle says itself how many it has
 NUM_LOGIT_STEPS = 8  # decode steps whose logits are kept
+NUM_OWN_STEPS = 2  # of each precision that rounds: enough to see whether the cache is read where it was written
 TASK_SCENES, TASK_QUESTIONS = 16, 4
+MANY_SCENES = 128  # for a bundle that rounds: of 512 questions, 3 % changed by chance move the score by 0.8 points
 MOST_TILES = 9  # of a golden picture: some seconds each with a large encoder on two cores
 PICTURE = "golden"  # the key of the one picture of a case
 
@@ -76,16 +79,58 @@ def _fitting(processor: Processor, images: Sequence[NDArray[np.uint8]]) -> NDArr
     return images[counts.index(most)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What ``golden/`` will hold: the cases, every tensor by ``{case}.{stage}``, and the task's answers."""
+
+    cases: tuple[Case, ...]
+    tensors: Tensors
+    task: dict[str, Any] | None
+
+    def add_decoder(self, precision: str, session: Session) -> None:
+        """Record the logits of a decoder that rounds as ``precision`` does, fed what float32 was fed."""
+        for number in range(len(self.cases)):
+            rows = self.tensors[f"{number}.prompt_rows"]
+            num_steps = min(NUM_OWN_STEPS, len(self.tensors[f"{number}.decode_logits"]))
+            given = self.tensors[f"{number}.greedy_ids"][:num_steps].tolist()
+            self.tensors[f"{number}.{precision}.prefill_logits"] = prefill_logits(session, rows)
+            self.tensors[f"{number}.{precision}.decode_logits"] = decode_logits(session, given)
+
+    def add_encoder(self, precision: str, encode: Callable[[Float], Float]) -> None:
+        """Record the features of an encoder that rounds as ``precision`` does; ``encode``: one picture's views."""
+        for number in range(len(self.cases)):
+            features = encode(self.tensors[f"{number}.pixel_values"])
+            self.tensors[f"{number}.{precision}.image_features"] = features
+
+    def save(self, root: Path) -> None:
+        """Write ``golden/`` of the bundle at ``root``."""
+        prompts = [case.prompt for case in self.cases]
+        save_golden(root, self.tensors, {"prompts": prompts, "task": self.task})
+        for number, case in enumerate(self.cases):
+            Image.fromarray(case.image).save(picture(root, number))
+
+
+def unrounded(precision: str) -> str:
+    """What the reference of ``precision`` is called that rounds weights alone, where engines may round more or not."""
+    return f"{precision}.unrounded"
+
+
 def record(vlm: RuntimeVlm, root: Path, suite: str) -> None:
     """Run every case, and the task ``suite`` if there is one, and write ``golden/`` of the bundle at ``root``."""
+    recorded(vlm, suite).save(root)
+
+
+def recorded(vlm: RuntimeVlm, suite: str, *, num_scenes: int = TASK_SCENES) -> Recording:
+    """Every case as ``vlm`` answers it, and its answers to ``num_scenes`` of the task ``suite``, if there is one.
+
+    A bundle that rounds needs ``MANY_SCENES``: only many questions tell how many right answers that costs.
+    """
     tensors: Tensors = {}
     asked = cases(vlm.processor)
     for number, case in enumerate(asked):
         tensors |= {f"{number}.{name}": tensor for name, tensor in _record_case(vlm, case).items()}
-    task = _task_record(vlm, suite) if suite else None
-    save_golden(root, tensors, {"prompts": [case.prompt for case in asked], "task": task})
-    for number, case in enumerate(asked):
-        Image.fromarray(case.image).save(picture(root, number))
+    task = _task_record(vlm, suite, num_scenes) if suite else None
+    return Recording(cases=asked, tensors=tensors, task=task)
 
 
 def picture(root: Path, number: int) -> Path:
@@ -148,6 +193,11 @@ def prefill_logits(session: Session, rows: Float) -> Float:
     return session.prefill(rows)
 
 
+def decode_logits(session: Session, given: Sequence[int]) -> Float:
+    """Logits [K, V] after each of the K tokens ``given``, behind what the cache holds."""
+    return np.stack([session.decode(token) for token in given])
+
+
 def input_ids(processor: Processor, prompt: str, grid: Grid) -> Ints:
     """Ids [T] of a question about one picture of ``grid`` tiles."""
     return processor.input_ids([user_message(prompt, num_images=1)], grids=[grid])
@@ -175,9 +225,9 @@ def prompt_rows(session: Session, prompt: PromptRows, encode: Encode) -> Float:
     return embed_prompt(session, prompt, encode, StageClock())
 
 
-def task_suite(name: str) -> Suite:
-    """The questions of the suite ``name`` that the gate asks."""
-    return SUITES[name](TASK_SCENES, seed=GOLDEN_SEED, per_scene=TASK_QUESTIONS)
+def task_suite(name: str, num_scenes: int = TASK_SCENES) -> Suite:
+    """The questions of the suite ``name`` that the gate asks; more scenes begin with those of fewer."""
+    return SUITES[name](num_scenes, seed=GOLDEN_SEED, per_scene=TASK_QUESTIONS)
 
 
 def task_answers(vlm: RuntimeVlm, suite: Suite) -> list[str]:
@@ -186,19 +236,19 @@ def task_answers(vlm: RuntimeVlm, suite: Suite) -> list[str]:
     return [vlm.ask(images[item.image_index], item.question.prompt, max_tokens=32).text for item in suite.items]
 
 
-def accuracy(suite: Suite, answers: Sequence[str]) -> float:
-    """The share of ``answers`` that are right."""
-    right = [is_match(answer, item.question.answer) for answer, item in zip(answers, suite.items, strict=True)]
-    return sum(right) / len(right)
+def right(suite: Suite, answers: Sequence[str]) -> list[bool]:
+    """Which of ``answers`` are right."""
+    return [is_match(answer, item.question.answer) for answer, item in zip(answers, suite.items, strict=True)]
 
 
-def _task_record(vlm: RuntimeVlm, suite_name: str) -> dict[str, Any]:
+def _task_record(vlm: RuntimeVlm, suite_name: str, num_scenes: int) -> dict[str, Any]:
     """What the reference answers, as plain data for golden.json."""
-    suite = task_suite(suite_name)
+    suite = task_suite(suite_name, num_scenes)
     answers = task_answers(vlm, suite)
     return {
         "suite": suite_name,
         "generator_version": GENERATOR_VERSION,
+        "num_scenes": num_scenes,
         "answers": answers,
-        "accuracy": accuracy(suite, answers),
+        "accuracy": sum(right(suite, answers)) / len(answers),
     }

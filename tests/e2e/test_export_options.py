@@ -33,7 +33,7 @@ def test_a_larger_picture_and_a_shorter_context_are_verified_as_such(tmp_path: P
     assert (written["image"]["height"], written["image"]["fit"]) == (64, "center-crop")
     assert (written["num_vision_tokens"], written["prompt"]["num_vision_tokens"]) == (16, 16)
     assert written["max_context"] == 96
-    assert written["parts"][0]["inputs"][0]["shape"] == ["batch", 3, 64, 64]
+    assert written["parts"][0]["inputs"][0]["shape"] == ["batch_size", 3, 64, 64]
     with open_bundle(bundle) as vlm:
         assert vlm.max_context == 96
         assert isinstance(vlm.ask(DEMO_IMAGE, "How many?", max_tokens=3).text, str)
@@ -87,7 +87,7 @@ def test_the_weights_are_out_of_memory_before_the_gate_opens_the_bundle(
         raise InterruptedError
 
     monkeypatch.setattr(pipeline, "load_model", load)
-    monkeypatch.setattr(pipeline, "verify_bundle", verify)
+    monkeypatch.setattr(pipeline, "verify_all", verify)
     with pytest.raises(InterruptedError):
         pipeline.export_bundle(checkpoint, out=tmp_path / "out")
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from edgevlm.bundle.read import read_bundle
 from edgevlm.bundle.write import write_sums
 from edgevlm.cli.app import app
 from edgevlm.core.config import from_mapping
-from edgevlm.export import pipeline
+from edgevlm.export import writing
 from edgevlm.export.parts import Part, split
 from edgevlm.models.decoder import rotary_table
 from edgevlm.models.vlm import Vlm
@@ -43,6 +44,17 @@ def edit_weights(bundle: Path, part: str, edits: dict[str, Edit]) -> None:
         assert value.const_value is not None
         value.const_value = ir.tensor(edit(name, value.const_value.numpy()), name=name)
     ir.save(model, path)
+    reseal(bundle)
+
+
+def scale_rows(bundle: Path) -> None:
+    """Scale the rows of the embedding where they lie in their file."""
+    table = read_bundle(bundle, check=False).manifest.part("embed_tokens").table
+    assert table is not None
+    shape = (table.num_rows, table.num_columns)
+    rows = np.memmap(bundle / table.file, table.dtype, "r+", table.offset, shape)
+    rows *= 1.05
+    rows.flush()
     reseal(bundle)
 
 
@@ -87,15 +99,15 @@ def matrices(bundle: Path, part: str) -> list[str]:
 def wrong_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter that lowers another weight than the model has."""
 
-    def split_wrongly(model: Vlm) -> tuple[Part, ...]:
-        parts = split(model)
+    def split_wrongly(model: Vlm, **options: bool) -> tuple[Part, ...]:
+        parts = split(model, **options)
         decoder = next(part for part in parts if part.name == "decoder_model_merged")
         projection = decoder.model.decoder.layers[0].mlp.down_proj  # type: ignore[union-attr]
         assert isinstance(projection, nn.Linear)
         projection.weight = nn.Parameter(projection.weight * 1.05)  # a new one: the reference keeps the old one
         return parts
 
-    monkeypatch.setattr(pipeline, "split", split_wrongly)
+    monkeypatch.setattr(writing, "split", split_wrongly)
 
 
 @pytest.mark.usefixtures("wrong_decoder")
@@ -154,16 +166,16 @@ def test_every_matrix_of_the_encoder_and_the_decoder_counts(bundle: Path, tiny_b
 
 
 @pytest.mark.parametrize(
-    ("part", "weight", "stage"),
-    [
-        ("embed_tokens", "weight", "inputs_embeds"),
-        ("decoder_model_merged", "lm_head.weight", "prefill_logits"),
-        ("decoder_model_merged", "layers.1.mlp.down_proj.weight", "prefill_logits"),
-    ],
+    "weight", ["lm_head.weight", "layers.1.mlp.down_proj.weight", "layers.0.self_attn.qkv_proj.weight"]
 )
-def test_a_scaled_weight_exits_with_4(bundle: Path, part: str, weight: str, stage: str) -> None:
-    edit_weights(bundle, part, {weight: scale})
-    assert_caught(bundle, stage)
+def test_a_scaled_weight_exits_with_4(bundle: Path, weight: str) -> None:
+    edit_weights(bundle, "decoder_model_merged", {weight: scale})
+    assert_caught(bundle, "prefill_logits")
+
+
+def test_scaled_rows_of_the_embedding_exit_with_4(bundle: Path) -> None:
+    scale_rows(bundle)
+    assert_caught(bundle, "inputs_embeds")
 
 
 def test_swapped_weights_are_caught(bundle: Path) -> None:

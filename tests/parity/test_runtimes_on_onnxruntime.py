@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -22,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 from typer.testing import CliRunner
 
-from edgevlm.bundle.manifest import DecoderShape, FusionShape, Manifest, PartFile, TensorSpec
+from edgevlm.bundle.manifest import DecoderShape, FusionShape, Manifest, PartFile, RowTable, TensorSpec
 from edgevlm.bundle.read import Bundle
 from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.cli.app import app
@@ -35,10 +36,13 @@ from edgevlm.core.errors import (
     UnsupportedError,
     UsageError,
 )
-from edgevlm.runtimes.on_onnxruntime import OnnxRuntimeSession
-from edgevlm.runtimes.open import open_bundle
+from edgevlm.runtimes.choices import Choices, PartChoice
+from edgevlm.runtimes.composed import ComposedSession, Engines
+from edgevlm.runtimes.on_onnxruntime import OnnxRuntime
+from edgevlm.runtimes.open import RUNTIMES, open_bundle
 from edgevlm.runtimes.sampling import Sampling
 from edgevlm.runtimes.session import Float, ImageFeatures
+from edgevlm.runtimes.tuned import TunedMachine, machine_key, write_tune
 from edgevlm.runtimes.video import Video
 
 L, HEADS, K, SIZE, D, CONTEXT = 2, 4, 2, 16, 32, 96  # GroupQueryAttention rotates heads of 16, 32, … only
@@ -46,6 +50,7 @@ SPECIAL = ["<image>", "<|user|>", "<|assistant|>", "<|end|>"]
 V = 256 + len(SPECIAL)
 N, SIDE = 4, 8
 VIEWS = 5  # of the fused bundle: four crops and the whole picture
+AVAILABLE = onnxruntime.get_available_providers()
 TOLERANCE = 2e-5  # float32 through two layers of width 32, logits of order one
 
 KINDS = ("key", "value")
@@ -263,10 +268,24 @@ def fused_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture
-def session(bundle: Bundle) -> Iterator[OnnxRuntimeSession]:
-    opened = OnnxRuntimeSession(bundle, threads=1)
+def session(bundle: Bundle) -> Iterator[ComposedSession]:
+    opened = open_session(bundle)
     yield opened
     opened.close()
+
+
+def open_session(bundle: Bundle, **options: Any) -> ComposedSession:
+    """Every part on one back end, its own graph for the embedding included."""
+    back_end, part = OnnxRuntime(**{"threads": 1} | options), bundle.manifest.part
+    embedding = back_end.open_embedding(bundle, part("embed_tokens"))
+    return ComposedSession(
+        Engines(
+            encoder=back_end.open_encoder(bundle, part("vision_encoder")),
+            fusion=back_end.open_fusion(bundle, part("fusion")) if bundle.manifest.fusion else None,
+            embedding=embedding,
+            decoder=back_end.open_decoder(bundle, part("decoder_model_merged"), embedding),
+        )
+    )
 
 
 @pytest.fixture
@@ -280,7 +299,7 @@ def random_rows(num_rows: int, seed: int = 0) -> Float:
     return np.random.default_rng(seed).normal(0, 1, (1, num_rows, D)).astype(np.float32)
 
 
-def prefill_in_chunks(session: OnnxRuntimeSession, rows: Float, chunks: Sequence[int]) -> Float:
+def prefill_in_chunks(session: ComposedSession, rows: Float, chunks: Sequence[int]) -> Float:
     edges = np.cumsum(chunks)[:-1]
     return [session.prefill(chunk) for chunk in np.split(rows, edges, axis=1)][-1]
 
@@ -289,21 +308,21 @@ def prefill_in_chunks(session: OnnxRuntimeSession, rows: Float, chunks: Sequence
 
 
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [5, 15], [19, 1], [1, 19], [3, 4, 5, 8]], ids=str)
-def test_a_prefill_in_any_chunks_is_the_decoder_in_numpy(session: OnnxRuntimeSession, chunks: list[int]) -> None:
+def test_a_prefill_in_any_chunks_is_the_decoder_in_numpy(session: ComposedSession, chunks: list[int]) -> None:
     rows = random_rows(20)
     assert np.abs(prefill_in_chunks(session, rows, chunks) - numpy_logits(rows)).max() < TOLERANCE
     assert session.position == 20
 
 
 @pytest.mark.parametrize("kept", [0, 1, 10, 19])
-def test_after_a_rewind_the_forgotten_rows_have_no_effect(session: OnnxRuntimeSession, kept: int) -> None:
+def test_after_a_rewind_the_forgotten_rows_have_no_effect(session: ComposedSession, kept: int) -> None:
     rows, other = random_rows(20), random_rows(30, seed=1)
     session.prefill(np.concatenate([rows[:, :kept], other], axis=1))
     session.rewind(kept)
     assert np.abs(session.prefill(rows[:, kept:]) - numpy_logits(rows)).max() < TOLERANCE
 
 
-def test_decode_is_embed_and_prefill(session: OnnxRuntimeSession) -> None:
+def test_decode_is_embed_and_prefill(session: ComposedSession) -> None:
     rows, tokens = random_rows(5), [7, 200, 7]
     session.prefill(rows)
     steps = [session.decode(token) for token in tokens]
@@ -312,7 +331,7 @@ def test_decode_is_embed_and_prefill(session: OnnxRuntimeSession) -> None:
         assert np.abs(logits - numpy_logits(all_rows)).max() < TOLERANCE
 
 
-def test_the_shared_buffer_gives_what_separate_buffers_give(session: OnnxRuntimeSession, bundle: Bundle) -> None:
+def test_the_shared_buffer_gives_what_separate_buffers_give(session: ComposedSession, bundle: Bundle) -> None:
     import onnxruntime
 
     graph = onnxruntime.InferenceSession(bundle.path("onnx/decoder_model_merged.onnx"))
@@ -326,13 +345,13 @@ def test_the_shared_buffer_gives_what_separate_buffers_give(session: OnnxRuntime
         assert np.abs(session.prefill(chunk) - logits[0, 0]).max() < TOLERANCE
 
 
-def test_the_context_can_be_used_to_its_last_row(session: OnnxRuntimeSession) -> None:
+def test_the_context_can_be_used_to_its_last_row(session: ComposedSession) -> None:
     rows = random_rows(CONTEXT)
     session.prefill(rows[:, :-1])
     assert np.abs(session.prefill(rows[:, -1:]) - numpy_logits(rows)).max() < TOLERANCE
 
 
-def test_rows_beyond_the_context_are_refused_before_the_engine_sees_them(session: OnnxRuntimeSession) -> None:
+def test_rows_beyond_the_context_are_refused_before_the_engine_sees_them(session: ComposedSession) -> None:
     session.prefill(random_rows(CONTEXT - 1))
     not_rows_of_this_decoder = np.zeros((1, 2, D + 1), np.float32)
     with pytest.raises(DoesNotFitError, match="97 rows do not fit into the context of 96"):
@@ -343,20 +362,20 @@ def test_rows_beyond_the_context_are_refused_before_the_engine_sees_them(session
     assert session.position == CONTEXT
 
 
-def test_logits_of_several_steps_can_be_kept(session: OnnxRuntimeSession) -> None:
+def test_logits_of_several_steps_can_be_kept(session: ComposedSession) -> None:
     first = session.prefill(random_rows(3))
     before = first.copy()
     session.decode(1)
     assert np.array_equal(first, before)
 
 
-def test_rows_that_are_not_contiguous_are_read_right(session: OnnxRuntimeSession) -> None:
+def test_rows_that_are_not_contiguous_are_read_right(session: ComposedSession) -> None:
     rows = random_rows(10)
     strided = np.repeat(rows, 2, axis=1)[:, ::2]
     assert np.abs(session.prefill(strided) - numpy_logits(rows)).max() < TOLERANCE
 
 
-def test_embeds_and_features_belong_to_the_caller(session: OnnxRuntimeSession) -> None:
+def test_embeds_and_features_belong_to_the_caller(session: ComposedSession) -> None:
     embeds = session.embed(np.array([[1, 2]]))
     features = session.encode(np.ones((1, 3, SIDE, SIDE), np.float32)).tokens
     embeds[0, 0] = features[0, 0]
@@ -364,37 +383,37 @@ def test_embeds_and_features_belong_to_the_caller(session: OnnxRuntimeSession) -
     assert features.shape == (1, N, D)
 
 
-def test_tiles_give_their_tokens_one_after_the_other(session: OnnxRuntimeSession) -> None:
+def test_tiles_give_their_tokens_one_after_the_other(session: ComposedSession) -> None:
     tiles = np.random.default_rng(2).normal(0, 1, (3, 3, SIDE, SIDE)).astype(np.float32)
     one_by_one = [session.encode(tile[None]).tokens for tile in tiles]
     assert np.array_equal(session.encode(tiles).tokens, np.concatenate(one_by_one, axis=1))
     assert session.encode(tiles).tokens.shape == (1, 3 * N, D)
 
 
-def test_a_model_without_pre_fusion_does_not_fuse(session: OnnxRuntimeSession) -> None:
+def test_a_model_without_pre_fusion_does_not_fuse(session: ComposedSession) -> None:
     with pytest.raises(UnsupportedError, match="no pre-fusion"):
         session.fuse(ImageFeatures(random_rows(N)), random_rows(3))
 
 
 @pytest.mark.parametrize("position", [-1, 4])
-def test_rewinding_to_rows_that_do_not_exist_is_refused(session: OnnxRuntimeSession, position: int) -> None:
+def test_rewinding_to_rows_that_do_not_exist_is_refused(session: ComposedSession, position: int) -> None:
     session.prefill(random_rows(3))
     with pytest.raises(UsageError, match="the kv cache holds 3"):
         session.rewind(position)
 
 
-def test_an_empty_prefill_is_refused(session: OnnxRuntimeSession) -> None:
+def test_an_empty_prefill_is_refused(session: ComposedSession) -> None:
     with pytest.raises(UsageError, match="at least one row"):
         session.prefill(random_rows(0))
 
 
-def test_a_closed_session_says_so(session: OnnxRuntimeSession) -> None:
+def test_a_closed_session_says_so(session: ComposedSession) -> None:
     session.close()
     with pytest.raises(UsageError, match="closed"):
         session.decode(1)
 
 
-def test_a_failure_of_the_engine_is_one_line_and_leaves_the_cache(session: OnnxRuntimeSession) -> None:
+def test_a_failure_of_the_engine_is_one_line_and_leaves_the_cache(session: ComposedSession) -> None:
     session.prefill(random_rows(3))
     with pytest.raises(EdgeVLMError, match="decoder_model_merged: onnxruntime failed") as failed:
         session.prefill(np.zeros((1, 2, D + 1), np.float32))
@@ -403,24 +422,20 @@ def test_a_failure_of_the_engine_is_one_line_and_leaves_the_cache(session: OnnxR
     session.decode(1)
 
 
-def test_the_session_says_what_it_runs_on(session: OnnxRuntimeSession) -> None:
-    assert session.info == {
-        "library": "onnxruntime",
-        "version": session.info["version"],
-        "device": "cpu",
-        "threads": 1,
-    }
+def test_the_back_end_says_what_it_runs_on() -> None:
+    info = OnnxRuntime(threads=1).info
+    assert info == {"library": "onnxruntime", "version": info["version"], "device": "cpu", "threads": 1}
 
 
-def test_by_default_it_uses_the_cores_that_a_container_leaves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_it_uses_the_cores_that_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgevlm.runtimes.on_onnxruntime.compute_cores", lambda: 1)
-    assert OnnxRuntimeSession(bundle).info["threads"] == 1
+    assert OnnxRuntime().info["threads"] == 1
 
 
 @pytest.mark.parametrize("threads", [0, -2])
-def test_threads_below_one_are_refused(bundle: Bundle, threads: int) -> None:
+def test_threads_below_one_are_refused(threads: int) -> None:
     with pytest.raises(ConfigError, match="threads"):
-        OnnxRuntimeSession(bundle, threads=threads)
+        OnnxRuntime(threads=threads)
 
 
 # -- bundles that cannot be run -------------------------------------------------------------------------
@@ -432,14 +447,14 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, part: str, content: 
     broken = write_bundle(tmp_path / "tiny")
     broken.path(f"onnx/{part}.onnx").write_bytes(content)
     with pytest.raises(IntegrityError, match=f"{part}.onnx: cannot be loaded"):
-        OnnxRuntimeSession(broken)
+        open_session(broken)
 
 
 def test_a_missing_graph_is_refused(tmp_path: Path) -> None:
     broken = write_bundle(tmp_path / "tiny")
     broken.path("onnx/embed_tokens.onnx").unlink()
     with pytest.raises(IntegrityError):
-        OnnxRuntimeSession(broken)
+        open_session(broken)
 
 
 def test_an_operator_that_this_onnxruntime_lacks_is_named(tmp_path: Path) -> None:
@@ -447,7 +462,7 @@ def test_an_operator_that_this_onnxruntime_lacks_is_named(tmp_path: Path) -> Non
     new = helper.make_node("OperatorOfTomorrow", ["input_ids"], ["inputs_embeds"], domain="com.microsoft")
     save(broken.path("onnx/embed_tokens.onnx"), [new], IDS, EMBEDS)
     with pytest.raises(UnsupportedError, match="OperatorOfTomorrow"):
-        OnnxRuntimeSession(broken)
+        open_session(broken)
 
 
 @pytest.mark.parametrize("other", [{"num_key_value_heads": 1}, {"head_size": 32}, {"num_layers": 1}], ids=str)
@@ -455,13 +470,13 @@ def test_a_cache_of_another_shape_than_promised_is_refused(bundle: Bundle, other
     shape = replace(bundle.manifest.decoder, **other)
     broken = replace(bundle, manifest=replace(bundle.manifest, decoder=shape))
     with pytest.raises(IntegrityError, match="the graph has another"):
-        OnnxRuntimeSession(broken)
+        open_session(broken)
 
 
 def test_a_cache_larger_than_memory_does_not_fit(bundle: Bundle) -> None:
     broken = replace(bundle, manifest=replace(bundle.manifest, max_context=10**13))
     with pytest.raises(DoesNotFitError, match="not enough memory"):
-        OnnxRuntimeSession(broken)
+        open_session(broken)
 
 
 def test_without_onnxruntime_the_command_that_fixes_it_is_named(
@@ -469,7 +484,7 @@ def test_without_onnxruntime_the_command_that_fixes_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingLibraryError, match="pip install onnxruntime"):
-        OnnxRuntimeSession(bundle)
+        open_session(bundle)
 
 
 # -- the whole model ------------------------------------------------------------------------------------
@@ -516,7 +531,7 @@ def test_a_fused_conversation_that_reuses_the_cache_says_the_same(fused_bundle: 
 
 
 def test_views_that_are_not_one_picture_are_refused(fused_bundle: Bundle) -> None:
-    session = OnnxRuntimeSession(fused_bundle, threads=1)
+    session = open_session(fused_bundle)
     for count in (1, VIEWS + 1, 2 * VIEWS):
         with pytest.raises(UsageError, match=f"5 views.*got {2 if count == 10 else count}"):
             session.encode(np.zeros((count, 3, SIDE, SIDE), np.float32))
@@ -674,6 +689,100 @@ def test_of_several_precisions_the_first_is_the_one_that_runs_and_is_told(tmp_pa
     write_sums(bundle.root)
     with open_bundle(bundle.root) as vlm:
         assert set(vlm.info["precisions"].values()) == {"fp32"}
+
+
+# -- devices, precisions and tuned choices --------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    "AzureExecutionProvider" not in AVAILABLE, reason="this onnxruntime has no provider that runs nothing"
+)
+@pytest.mark.parametrize("tells", [True, False], ids=["new", "old"])
+def test_a_device_that_leaves_all_to_the_cpu_is_an_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tells: bool
+) -> None:
+    if not tells:  # an onnxruntime that cannot say who computes what
+        name = "get_provider_graph_assignment_info"
+        monkeypatch.delattr(next(kind for kind in onnxruntime.InferenceSession.__mro__ if name in vars(kind)), name)
+    with pytest.raises(UnsupportedError, match=r"leaves .*nodes to the CPU"):
+        open_bundle(bundle.root, device="azure")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in AVAILABLE, reason="this onnxruntime has CUDA")
+def test_a_device_that_is_not_installed_is_named_with_its_fix(bundle: Bundle) -> None:
+    with pytest.raises(MissingLibraryError, match="CUDAExecutionProvider is not in the installed package"):
+        open_bundle(bundle.root, device="cuda")
+
+
+def add_decoder(bundle: Bundle, precision: str, head: Float) -> Bundle:
+    """The bundle with a second decoder, whose head is another."""
+    file = f"onnx/decoder_model_merged_{precision}.onnx"
+    nodes, inputs, outputs = GRAPHS["decoder_model_merged"]
+    CONSTANTS["head"], kept = head, CONSTANTS["head"]
+    save(bundle.root / file, nodes, inputs, outputs)
+    CONSTANTS["head"] = kept
+    part = replace(bundle.manifest.part("decoder_model_merged"), precision=precision, file=file)
+    manifest = write_manifest(bundle.root, replace(bundle.manifest, parts=(*bundle.manifest.parts, part)))
+    write_sums(bundle.root)
+    return Bundle(bundle.root, manifest)
+
+
+def first_logits(bundle: Bundle, **wishes: Any) -> Float:
+    with open_bundle(bundle.root, threads=1, **wishes) as vlm, vlm.exclusive() as session:
+        return session.prefill(random_rows(3))
+
+
+def test_a_precision_that_is_asked_for_is_the_one_that_runs_and_is_told(tmp_path: Path) -> None:
+    bundle = add_decoder(write_bundle(tmp_path / "tiny"), "int4", 2 * WEIGHTS["head"])
+    assert np.allclose(first_logits(bundle, decoder_precision="int4"), 2 * first_logits(bundle), atol=TOLERANCE)
+    with open_bundle(bundle.root, decoder_precision="int4") as vlm:
+        assert vlm.info["precisions"] == {
+            "vision_encoder": "fp32",
+            "embed_tokens": "fp32",
+            "decoder_model_merged": "int4",
+        }
+        assert (vlm.info["encoder"]["runtime"], vlm.info["encoder"]["precision"]) == ("onnxruntime", "fp32")
+
+
+def test_a_precision_that_the_bundle_lacks_is_refused_with_those_it_has(bundle: Bundle) -> None:
+    with pytest.raises(UnsupportedError, match="decoder_model_merged for onnx has no precision 'int4'; it has fp32"):
+        open_bundle(bundle.root, decoder_precision="int4")
+    with pytest.raises(UnsupportedError, match="vision_encoder for onnx has no precision 'int8'; it has fp32"):
+        open_bundle(bundle.root, encoder_precision="int8")
+
+
+def test_what_was_tuned_for_this_machine_is_followed_until_something_is_wished(tmp_path: Path) -> None:
+    bundle = add_decoder(write_bundle(tmp_path / "tiny"), "int4", 2 * WEIGHTS["head"])
+    best = Choices(encoder=PartChoice(threads=2), decoder=PartChoice(precision="int4", threads=1))
+    tuned = TunedMachine(goal="ttft", choices={"ttft": best})
+    write_tune(bundle.root, tuned, key=machine_key(), manifest=bundle.manifest, known=RUNTIMES)
+    with open_bundle(bundle.root) as vlm:
+        assert vlm.info["precisions"]["decoder_model_merged"] == "int4"
+        assert (vlm.info["threads"], vlm.info["encoder"]["threads"]) == (1, 2)
+    with open_bundle(bundle.root, decoder_precision="fp32", threads=1) as vlm:
+        assert vlm.info["precisions"]["decoder_model_merged"] == "fp32"
+        assert vlm.info["encoder"]["threads"] == 1
+
+
+def with_table(bundle: Bundle) -> Bundle:
+    """The bundle with rows that need no graph, whose graph is spoilt to prove it."""
+    WEIGHTS["table"].astype("<f4").tofile(bundle.root / "onnx/rows.bin")
+    bundle.path("onnx/embed_tokens.onnx").write_bytes(b"no graph")
+    table = RowTable(file="onnx/rows.bin", offset=0, dtype="float32", num_rows=V, num_columns=D)
+    parts = [
+        replace(part, extra_files=("onnx/rows.bin",), table=table) if part.part == "embed_tokens" else part
+        for part in bundle.manifest.parts
+    ]
+    manifest = write_manifest(bundle.root, replace(bundle.manifest, parts=tuple(parts)))
+    write_sums(bundle.root)
+    return Bundle(bundle.root, manifest)
+
+
+def test_rows_from_a_table_give_the_answers_of_the_graph(tmp_path: Path, bundle: Bundle, picture: Path) -> None:
+    table = with_table(write_bundle(tmp_path / "tiny"))
+    with open_bundle(table.root) as rows, open_bundle(bundle.root) as graph:
+        answers = [vlm.ask(picture, "What is this?", max_tokens=12).token_ids for vlm in (rows, graph)]
+    assert answers[0] == answers[1]
 
 
 # -- the command line -----------------------------------------------------------------------------------

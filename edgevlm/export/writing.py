@@ -1,0 +1,188 @@
+"""Everything in a bundle that needs PyTorch: the reference, and each part in each precision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, Manifest, PartFile
+from edgevlm.bundle.write import write_manifest, write_sums
+from edgevlm.core.config import to_plain
+from edgevlm.export.calibration import calibration_pixels
+from edgevlm.export.heads import cache_head_size
+from edgevlm.export.parts import Part, split
+from edgevlm.export.precisions import Precisions, suffixes
+from edgevlm.export.provenance import Calibration, provenance
+from edgevlm.export.references import keep_activations, unfused_encoder
+from edgevlm.export.target import Extras, Lowering, Target
+from edgevlm.export.texts import write_texts
+from edgevlm.families.licence import Licence, read_licence
+from edgevlm.models.as_session import TorchSession, fusion_shape
+from edgevlm.models.checkpoint import Checkpoint
+from edgevlm.models.vlm import Vlm
+from edgevlm.quant.calibration import calibration_samples, importance
+from edgevlm.quant.decoder import QuantizedDecoder, quantize_decoder
+from edgevlm.quant.fake import fake_quantized
+from edgevlm.verify import golden
+
+logger = logging.getLogger(__name__)
+
+Report: TypeAlias = Callable[[str], None]
+PARTS = ("vision_encoder", "fusion", "embed_tokens", "decoder_model_merged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is made of a checkpoint."""
+
+    target: Target
+    lowering: Lowering
+    precisions: Precisions
+    calibration: Calibration
+    report: Report
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Work:
+    """A checkpoint on its way into the folder ``root``.
+
+    ``importance``: of each matrix's inputs, for decoders that choose their scales.  ``pixels``: pictures by which an
+    encoder finds its ranges.  ``recording``: what PyTorch computes, to which every rounding adds its own reference.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    root: Path
+    recording: golden.Recording
+    importance: Mapping[str, Tensor] | None
+    pixels: list[NDArray[np.float32]] | None
+
+    def lower(self, part: Part) -> Iterator[PartFile]:
+        """The part in every precision."""
+        lower = self._decoder if part.name == "decoder_model_merged" else self._traced
+        for precision in self.plan.precisions.of(part.name):
+            self.plan.report(step_name(part.name, precision))
+            yield lower(part, precision)
+
+    def _traced(self, part: Part, precision: str) -> PartFile:
+        """An encoder, its fusion, or the embedding."""
+        rounds = precision == "int8"
+        extras = Extras(calibration=self.pixels if rounds else None)
+        file = self.plan.target.lower(part, self.root, precision, extras)
+        if rounds:
+            self.recording.add_encoder(precision, unfused_encoder(self.root, file))
+        return file
+
+    def _decoder(self, part: Part, precision: str) -> PartFile:
+        """One copy of the weights at a time: codes, packed and then kept only as the reference's weights."""
+        quantized = self._quantized(precision)
+        suffix = suffixes(self.plan.precisions.decoder)[precision]
+        file = self.plan.target.lower(part, self.root, precision, Extras(quantized=quantized, suffix=suffix))
+        if quantized is not None:
+            reference = fake_quantized(self.checkpoint.model, quantized)
+            del quantized  # as many bytes as there are weights
+            self.recording.add_decoder(precision, self._session(reference))
+            self.recording.add_decoder(golden.unrounded(precision), self._session(keep_activations(reference)))
+        return file
+
+    def _session(self, model: Vlm) -> TorchSession:
+        return TorchSession(model, max_context=self.checkpoint.max_context or None)
+
+    def _quantized(self, precision: str) -> QuantizedDecoder | None:
+        if precision not in self.plan.precisions.schemes:
+            return None
+        return quantize_decoder(self.checkpoint.model, precision, importance=self.importance)
+
+
+def step_name(part: str, precision: str) -> str:
+    """What a step of an export is called: the part, and its precision where it is no plain float32."""
+    return part if precision == "fp32" else f"{part} {precision}"
+
+
+def step_names(precisions: Precisions) -> tuple[str, ...]:
+    """Every step that ``write_bundle`` may report, in order."""
+    lowered = (step_name(part, precision) for part in PARTS for precision in precisions.of(part))
+    return ("golden", *(["calibrate"] if precisions.calibrates else []), *lowered)
+
+
+def write_bundle(checkpoint: Checkpoint, plan: Plan, root: Path) -> None:
+    """Write texts, graphs, manifest and ``golden/`` into ``root``; afterwards the checkpoint has no weights."""
+    licence = read_licence(checkpoint.folder)
+    _tell(checkpoint, licence)
+    plan.report("golden")
+    num_scenes = golden.TASK_SCENES if plan.precisions.is_exact else golden.MANY_SCENES
+    recording = golden.recorded(checkpoint.open(), checkpoint.suite, num_scenes=num_scenes)
+    parts = split(checkpoint.model, static_batch=plan.lowering.static_batch)
+    work = _calibrated(checkpoint, plan, root, recording)
+    files = [file for part in parts for file in work.lower(part)]
+    write_texts(checkpoint, root, licence, files)
+    write_manifest(root, _manifest(checkpoint, files, plan, licence))
+    recording.save(root)
+    write_sums(root)
+    _release(checkpoint.model, *(part.model for part in parts))
+
+
+def _calibrated(checkpoint: Checkpoint, plan: Plan, root: Path, recording: golden.Recording) -> Work:
+    """The work, with what roundings are fitted to, where some are."""
+    precisions, calibration = plan.precisions, plan.calibration
+    if precisions.calibrates:
+        plan.report("calibrate")
+    pixels = None
+    if "int8" in precisions.encoder:
+        pixels = calibration_pixels(checkpoint.processor, calibration.folder, calibration.num_samples, calibration.seed)
+    counts = None
+    if precisions.search:
+        samples = calibration_samples(calibration.folder, calibration.num_samples, calibration.seed)
+        counts = importance(checkpoint, samples)
+    return Work(checkpoint=checkpoint, plan=plan, root=root, recording=recording, importance=counts, pixels=pixels)
+
+
+def _release(*models: Vlm) -> None:
+    """Give back the memory of the weights: the gate loads them once more, into the runtime.
+
+    Dropping the models is not enough, because torch.onnx keeps the graphs that it traced and all tensors in them.
+    """
+    for model in models:
+        for tensor in chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.new_empty(0)
+
+
+def _tell(checkpoint: Checkpoint, licence: Licence | None) -> None:
+    """Whoever converts weights makes a derivative of them; some licences allow that for research only."""
+    if licence is not None:
+        logger.log(logging.WARNING if licence.restricted else logging.INFO, "licence of the weights: %s", licence)
+    elif checkpoint.family != "edgevlm":
+        logger.info("licence of the weights: the checkpoint states none; ask its authors before you pass it on")
+
+
+def _manifest(checkpoint: Checkpoint, parts: list[PartFile], plan: Plan, licence: Licence | None) -> Manifest:
+    config = checkpoint.model.config
+    return Manifest(
+        schema=SCHEMA_VERSION,
+        name=checkpoint.name,
+        family=checkpoint.family,
+        parts=tuple(parts),
+        image=asdict(checkpoint.processor.image_spec),
+        prompt=asdict(checkpoint.processor.prompt_spec),
+        num_vision_tokens=config.num_vision_tokens,
+        decoder=DecoderShape(
+            num_layers=config.decoder.num_hidden_layers,
+            num_key_value_heads=config.decoder.num_key_value_heads,
+            head_size=cache_head_size(config.decoder),
+            hidden_size=config.decoder.hidden_size,
+            vocab_size=config.decoder.vocab_size,
+        ),
+        fusion=fusion_shape(config),
+        model=to_plain(config),
+        max_context=checkpoint.max_context,
+        suite=checkpoint.suite,
+        provenance=provenance(checkpoint, licence, plan.precisions, plan.calibration),
+    )

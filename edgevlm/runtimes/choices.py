@@ -1,0 +1,84 @@
+"""What runs each half of a model: the encoder (with its fusion) and the decoder (with its embedding)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgevlm.core.errors import ConfigError
+from edgevlm.core.registry import unknown_name
+
+DEFAULT_RUNTIME = "onnxruntime"
+GOALS = ("ttft", "throughput", "memory")
+MOST_THREADS = 256  # each has a stack, and starts before the first question
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises ConfigError for a number that no back end should start."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartChoice:
+    """Back end, device, precision and threads of one half.
+
+    ``device`` None: the back end's own default, the CPU.  ``precision`` None: the bundle's default for the part.
+    ``threads`` None: the physical cores that this process may use.
+    """
+
+    runtime: str = DEFAULT_RUNTIME
+    device: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What runs the encoder, and what the decoder."""
+
+    encoder: PartChoice = field(default_factory=PartChoice)
+    decoder: PartChoice = field(default_factory=PartChoice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a caller said of it; None where nothing was said, and then a tuned choice or the default counts.
+
+    ``runtime`` and ``device`` are for both halves, unless one has its own.  ``optimize``: the goal whose tuned choice
+    is taken, one of ``GOALS``.
+    """
+
+    runtime: str | None = None
+    encoder_runtime: str | None = None
+    decoder_runtime: str | None = None
+    device: str | None = None
+    encoder_precision: str | None = None
+    decoder_precision: str | None = None
+    threads: int | None = None
+    optimize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimize is not None and self.optimize not in GOALS:
+            raise ConfigError(unknown_name("goal", self.optimize, GOALS))
+        check_threads(self.threads)
+
+    def over(self, choices: Choices) -> Choices:
+        """``choices``, with what was wished in place of what they say."""
+        return Choices(
+            encoder=self._over(choices.encoder, self.encoder_runtime, self.encoder_precision),
+            decoder=self._over(choices.decoder, self.decoder_runtime, self.decoder_precision),
+        )
+
+    def _over(self, choice: PartChoice, runtime: str | None, precision: str | None) -> PartChoice:
+        runtime, device = runtime or self.runtime, self.device
+        if (runtime or choice.runtime, device or choice.device) != (choice.runtime, choice.device):
+            choice = PartChoice()  # what was best elsewhere says nothing about another back end or device
+        return PartChoice(
+            runtime=runtime or choice.runtime,
+            device=device or choice.device,
+            precision=precision or choice.precision,
+            threads=choice.threads if self.threads is None else self.threads,
+        )

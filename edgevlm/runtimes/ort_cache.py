@@ -1,0 +1,152 @@
+"""The kv cache of a decoder on ONNX Runtime: one buffer that the graph fills in place, or two that take turns.
+
+*Shared*: each key and value buffer is bound both as past and as present; the attention writes new rows behind the old
+ones, so nothing is copied and rewinding is arithmetic.  *Grown*: the graph makes a new present of the past and the new
+rows.  It writes into a buffer that lies ready and is read as the past next time, so the graph's own copy is the only
+one; rewinding closes the gaps between the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.core.optional import require
+from edgevlm.runtimes.ort_devices import Device
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Memory(Protocol):
+    """Room for numbers of one type, on the host or on a device."""
+
+    def bind(self, method: Callable[..., None], name: str, shape: Shape) -> None:
+        """Let ``name`` be as many of the first numbers as ``shape`` says."""
+        ...
+
+    def read(self, count: int) -> NDArray[Any]:
+        """The first ``count`` numbers."""
+        ...
+
+    def write(self, numbers: NDArray[Any]) -> None:
+        """Put ``numbers`` at the beginning."""
+        ...
+
+
+class HostMemory:
+    """Zeros; the system provides the memory as it is written."""
+
+    def __init__(self, size: int, dtype: type[np.generic]) -> None:
+        self._numbers = np.zeros(size, dtype)
+        self._address, self._dtype = self._numbers.ctypes.data, dtype
+
+    def bind(self, method: Callable[..., None], name: str, shape: Shape) -> None:
+        method(name, "cpu", 0, self._dtype, shape, self._address)
+
+    def read(self, count: int) -> NDArray[Any]:
+        return self._numbers[:count]
+
+    def write(self, numbers: NDArray[Any]) -> None:
+        self._numbers[: numbers.size] = numbers.ravel()
+
+
+class DeviceMemory:
+    """The same on a GPU; written from ONNX Runtime's documentation, not run on hardware yet."""
+
+    def __init__(self, size: int, dtype: type[np.generic], device: Device) -> None:
+        self._dtype, self._device = dtype, device
+        self._value = require("onnxruntime").OrtValue.ortvalue_from_numpy(
+            np.zeros(size, dtype), device.memory, device.index
+        )
+
+    def bind(self, method: Callable[..., None], name: str, shape: Shape) -> None:
+        method(name, self._device.memory, self._device.index, self._dtype, shape, self._value.data_ptr())
+
+    def read(self, count: int) -> NDArray[Any]:
+        numbers: NDArray[Any] = self._value.numpy()
+        return numbers[:count]
+
+    def write(self, numbers: NDArray[Any]) -> None:
+        whole = self._value.numpy()
+        whole[: numbers.size] = numbers.ravel()
+        self._value.update_inplace(whole)
+
+
+class Cache(Protocol):
+    """Keys and values of all layers."""
+
+    def attach(self, binding: Any) -> None:
+        """Bind what stays bound for good."""
+        ...
+
+    def before(self, binding: Any, start: int, end: int) -> None:
+        """Bind what a run needs that appends the rows from ``start`` up to ``end``."""
+        ...
+
+    def after(self, end: int) -> None:
+        """The run went well."""
+        ...
+
+
+class SharedCache:
+    """One buffer ``[1, K, max_context, head]`` for each of ``names``, such as ``0.key``."""
+
+    def __init__(self, names: Sequence[str], shape: Shape, memory: Callable[[int], Memory]) -> None:
+        size = int(np.prod(shape, dtype=object))
+        self._shape, self._buffers = shape, {name: memory(size) for name in names}
+
+    def attach(self, binding: Any) -> None:
+        for name, buffer in self._buffers.items():
+            buffer.bind(binding.bind_input, f"past_key_values.{name}", self._shape)
+            buffer.bind(binding.bind_output, f"present.{name}", self._shape)
+
+    def before(self, binding: Any, start: int, end: int) -> None:
+        """Nothing: the graph knows from the mask where the rows end."""
+
+    def after(self, end: int) -> None:
+        """Nothing: past and present are the same."""
+
+
+class GrownCache:
+    """Two buffers for each of ``names``: the past, and the one that the present goes to."""
+
+    def __init__(self, names: Sequence[str], shape: Shape, memory: Callable[[int], Memory]) -> None:
+        size = int(np.prod(shape, dtype=object))
+        self._batch, self._heads, _, self._width = shape
+        self._buffers = {name: (memory(size), memory(size)) for name in names}
+        self._length, self._turn = 0, 0
+
+    def attach(self, binding: Any) -> None:
+        """Nothing: shapes and turns change with every run."""
+
+    def before(self, binding: Any, start: int, end: int) -> None:
+        if start != self._length:
+            self._cut(start)
+        for name, buffers in self._buffers.items():
+            past, present = buffers[self._turn], buffers[1 - self._turn]
+            past.bind(binding.bind_input, f"past_key_values.{name}", self._rows(start))
+            present.bind(binding.bind_output, f"present.{name}", self._rows(end))
+
+    def after(self, end: int) -> None:
+        self._length, self._turn = end, 1 - self._turn
+
+    def _rows(self, length: int) -> Shape:
+        return (self._batch, self._heads, length, self._width)
+
+    def _cut(self, length: int) -> None:
+        """Keep the first ``length`` rows of every head, close together in the other buffer."""
+        count = int(np.prod(self._rows(self._length)))
+        for buffers in self._buffers.values():
+            rows = buffers[self._turn].read(count).reshape(self._rows(self._length))
+            buffers[1 - self._turn].write(rows[:, :, :length])
+        self._length, self._turn = length, 1 - self._turn
+
+
+def memory_on(device: Device, dtype: type[np.generic]) -> Callable[[int], Memory]:
+    """What gives memory for so many numbers where ``device`` computes."""
+    if device.memory == "cpu":
+        return lambda size: HostMemory(size, dtype)
+    return lambda size: DeviceMemory(size, dtype, device)

@@ -1,0 +1,173 @@
+"""The decoder on ONNX Runtime: rows in, logits of the last one out, and a kv cache in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile
+from edgevlm.core.errors import IntegrityError, UnsupportedError
+from edgevlm.runtimes.context import Context
+from edgevlm.runtimes.engines import Embedding
+from edgevlm.runtimes.ort_cache import Cache, GrownCache, SharedCache, memory_on
+from edgevlm.runtimes.ort_graph import Graph, bind, errors, still_open
+from edgevlm.runtimes.session import Float
+
+DTYPES: Mapping[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CACHES: Mapping[str, Any] = {"shared": SharedCache, "grown": GrownCache}
+OPTIONAL = ("position_ids", "use_cache_branch", "num_logits_to_keep")  # of other exporters' graphs
+
+
+class OnnxDecoder:
+    """A ``DecoderEngine``; ``embedding`` gives it the row of the token that was chosen.
+
+    Raises IntegrityError for a graph whose kv cache is not the promised one, UnsupportedError for a graph that wants
+    more than rows, mask and positions, DoesNotFitError for a cache larger than memory.
+    """
+
+    def __init__(self, graph: Graph, part: PartFile, manifest: Manifest, embedding: Embedding) -> None:
+        self._graph: Graph | None = graph
+        self._context, self._embedding = Context(manifest.max_context), embedding
+        self._types = {value.name: value.type for value in graph.session.get_inputs()}
+        _check_decoder(graph, manifest.decoder)
+        _check_inputs(part, self._types)
+        with errors(f"a kv cache of {manifest.max_context:,} rows"):
+            self._cache = _cache(graph, part, manifest)
+            self._mask = np.ones((1, manifest.max_context), np.int64)
+            self._positions = np.arange(manifest.max_context, dtype=np.int64)[None]
+        self._row = np.zeros((1, 1, manifest.decoder.hidden_size), np.float32)
+        self._input_dtype = DTYPES.get(self._types["inputs_embeds"], np.float32)
+        self._logits_shape = (1, 1, manifest.decoder.vocab_size)
+        self._all_logits, self._logits_dtype = _logits_of(graph)
+        self._branches = (np.zeros(1, np.bool_), np.ones(1, np.bool_))
+        self._one = np.array(1, np.int64)
+        self._prefill, self._step = self._binding(), self._binding()
+        self._row_stays = self._input_dtype is np.float32 and graph.device.memory == "cpu"
+        if self._row_stays:
+            bind(self._step.bind_input, "inputs_embeds", self._row)
+
+    @property
+    def max_context(self) -> int:
+        return self._context.max_context
+
+    @property
+    def position(self) -> int:
+        return self._context.position
+
+    def prefill(self, inputs_embeds: Float) -> Float:
+        graph, end = still_open(self._graph), self._context.end(inputs_embeds.shape[1])
+        embeds = np.ascontiguousarray(inputs_embeds, self._input_dtype)
+        with errors(graph.name):
+            bind(self._prefill.bind_input, "inputs_embeds", embeds)
+            return self._next_logits(graph, self._prefill, end)
+
+    def decode(self, token: int) -> Float:
+        graph, end = still_open(self._graph), self._context.end(1)
+        self._embedding.write_row(token, self._row)
+        with errors(graph.name):
+            row = self._row
+            if not self._row_stays:  # a device reads what the row held when it was bound
+                row = np.ascontiguousarray(row, self._input_dtype)
+                bind(self._step.bind_input, "inputs_embeds", row)
+            return self._next_logits(graph, self._step, end)
+
+    def rewind(self, position: int) -> None:
+        self._context.rewind(position)
+
+    def close(self) -> None:
+        """Give graph and cache back."""
+        self._graph = None
+        del self._cache, self._prefill, self._step
+
+    def _binding(self) -> Any:
+        binding = still_open(self._graph).session.io_binding()
+        self._cache.attach(binding)
+        if "num_logits_to_keep" in self._types:
+            bind(binding.bind_input, "num_logits_to_keep", self._one)
+        return binding
+
+    def _next_logits(self, graph: Graph, binding: Any, end: int) -> Float:
+        """Logits [V] of the last row, in memory that the caller keeps: the engine writes there itself."""
+        start = self._context.position
+        logits = self._room(end - start)
+        bind(binding.bind_output, "logits", logits)
+        # Of the inputs only the mask's length changes from token to token: a view of ones that lie ready.
+        bind(binding.bind_input, "attention_mask", self._mask[:, :end])
+        self._bind_optional(binding, start, end)
+        self._cache.before(binding, start, end)
+        graph.session.run_with_iobinding(binding)
+        if graph.device.memory != "cpu":
+            binding.synchronize_outputs()
+        self._cache.after(end)
+        self._context.position = end
+        return np.asarray(logits[0, -1], np.float32)
+
+    def _room(self, num_rows: int) -> NDArray[Any]:
+        """Where the logits go: of the last row, or of all where the graph gives them all."""
+        batch, _, vocabulary = self._logits_shape
+        return np.empty((batch, num_rows if self._all_logits else 1, vocabulary), self._logits_dtype)
+
+    def _bind_optional(self, binding: Any, start: int, end: int) -> None:
+        if "position_ids" in self._types:
+            bind(binding.bind_input, "position_ids", self._positions[:, start:end])
+        if "use_cache_branch" in self._types:
+            bind(binding.bind_input, "use_cache_branch", self._branches[start > 0])
+
+
+def cache_names(shape: DecoderShape) -> list[str]:
+    """``0.key``, ``0.value``, ``1.key``, …"""
+    return [f"{layer}.{kind}" for layer in range(shape.num_layers) for kind in ("key", "value")]
+
+
+def _cache(graph: Graph, part: PartFile, manifest: Manifest) -> Cache:
+    shape, names = manifest.decoder, cache_names(manifest.decoder)
+    types = {value.name: value.type for value in graph.session.get_inputs()}
+    dtype = DTYPES[types[f"past_key_values.{names[0]}"]]
+    size = (1, shape.num_key_value_heads, manifest.max_context, shape.head_size)
+    cache: Cache = CACHES[part.cache](names, size, memory_on(graph.device, dtype))
+    return cache
+
+
+def _logits_of(graph: Graph) -> tuple[bool, type[np.generic]]:
+    """Whether the graph gives the logits of every row, and their type."""
+    logits = next((value for value in graph.session.get_outputs() if value.name == "logits"), None)
+    if logits is None:
+        raise IntegrityError(f"{graph.name}: the graph gives no logits: export the bundle again")
+    fixed = len(logits.shape) == 3 and logits.shape[1] == 1
+    keeps = any(value.name == "num_logits_to_keep" for value in graph.session.get_inputs())
+    return not (fixed or keeps), DTYPES.get(logits.type, np.float32)
+
+
+def _check_decoder(graph: Graph, shape: DecoderShape) -> None:
+    """Refuse a decoder whose kv cache is not the one that the manifest describes; sizes that are free fit."""
+    heads = (shape.num_key_value_heads, shape.head_size)
+    caches = {
+        value.name: (value.shape[1], value.shape[3])
+        for value in graph.session.get_inputs()
+        if len(value.shape) == 4 and value.type in DTYPES
+    }
+    found = {
+        name: tuple(
+            promised if not isinstance(size, int) else size for size, promised in zip(sizes, heads, strict=True)
+        )
+        for name, sizes in caches.items()
+    }
+    if found != {f"past_key_values.{name}": heads for name in cache_names(shape)}:
+        raise IntegrityError(
+            f"{graph.name}: the manifest promises a kv cache of {shape.num_layers} layers with "
+            f"{heads[0]} heads of {heads[1]}, the graph has another: export the bundle again"
+        )
+
+
+def _check_inputs(part: PartFile, types: Mapping[str, str]) -> None:
+    """Refuse a graph that wants what this runtime does not give, or does not take what it gives."""
+    for name in ("inputs_embeds", "attention_mask"):
+        if name not in types:
+            raise UnsupportedError(f"{part.file}: the decoder has no input {name}; it takes {', '.join(types)}")
+    unknown = [name for name in types if not name.startswith("past_key_values.") and name not in OPTIONAL]
+    unknown = [name for name in unknown if name not in ("inputs_embeds", "attention_mask")]
+    if unknown:
+        raise UnsupportedError(f"{part.file}: the decoder wants {', '.join(unknown)}, which nobody can give it here")

@@ -1,0 +1,139 @@
+"""Rounding an encoder: ranges, scales, calibration pictures, and what float16 refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from PIL import Image
+
+from edgevlm.core.errors import ConfigError, InputError, UnsupportedError
+from edgevlm.export.calibration import calibration_pixels, pictures_in
+from edgevlm.export.encoder_int8 import quantize_static, refuse_dynamic, rounded_weight
+from edgevlm.export.half_graph import half_tensor, to_half
+from edgevlm.export.ranges import Seen, best_range
+from edgevlm.models.checkpoint import load_model
+from edgevlm.processing.processor import Processor
+
+
+def seen(sample: list[float], num_each: int = 1) -> Seen:
+    values = np.array(sample, np.float32)
+    return Seen(np.array([values.min(), values.max()]), values, num_each)
+
+
+def product(weight: np.ndarray, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    """A graph of one product: ``pixel_values`` [1, K] times ``weight`` [K, N]."""
+    tensor = ir.tensor(weight, name="weight")
+    source = ir.Value(name="pixel_values", shape=ir.Shape([1, len(weight)]), type=ir.TensorType(dtype))
+    constant = ir.Value(
+        name="weight", shape=ir.Shape(weight.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    node = ir.node("MatMul", [source, constant], name="product")
+    node.outputs[0].name, node.outputs[0].type = "image_features", ir.TensorType(dtype)
+    graph = ir.Graph(
+        [source], node.outputs, nodes=[node], initializers=[constant], opset_imports={"": 21}, name="product"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return load_model("nano").processor
+
+
+def test_a_range_of_even_values_is_their_extremes_and_zero() -> None:
+    assert best_range(seen(np.linspace(1, 255, 255).tolist())) == (0.0, 255.0)
+    assert best_range(seen(np.linspace(-255, -1, 255).tolist())) == (-255.0, 0.0)
+
+
+def test_a_rare_large_value_is_cut_and_a_frequent_one_is_not() -> None:
+    small = np.linspace(0, 1, 2000).tolist()
+    rare, frequent = best_range(seen([*small, 2.0], 100_000)), best_range(seen([*small, *200 * [2.0]]))
+    assert frequent[1] == 2.0
+    extremes = Seen(np.array([0.0, 2.0], np.float32), np.array(small, np.float32), 100_000)
+    assert best_range(extremes)[1] < 1.5 < rare[1]
+
+
+def test_a_tensor_of_zeros_has_a_range() -> None:
+    assert best_range(seen([0.0, 0.0])) == (0.0, 0.0)
+
+
+def test_weights_have_a_scale_for_each_output_channel() -> None:
+    codes, scale = rounded_weight(np.array([[127.0, 1.0], [-63.5, -0.5], [0.0, 0.0]], np.float32), axis=1)
+    assert scale.tolist() == [1.0, np.float32(1 / 127)]
+    assert codes.tolist() == [[127, 127], [-64, -64], [0, 0]]
+
+
+def test_int8_needs_pictures_that_fit() -> None:
+    weight = np.ones((4, 2), np.float32)
+    with pytest.raises(UnsupportedError, match="needs pictures"):
+        quantize_static(product(weight), [])
+    with pytest.raises(UnsupportedError, match="cannot read"):
+        quantize_static(product(weight), [np.ones((1, 5), np.float32)])
+    with pytest.raises(UnsupportedError, match="not finite"):
+        quantize_static(product(weight), [np.full((1, 4), np.inf, np.float32)])
+
+
+def test_a_graph_without_weights_cannot_be_quantized() -> None:
+    model = product(np.ones((4, 2), np.float32))
+    model.graph[0].op_type = "Mul"
+    with pytest.raises(UnsupportedError, match="no convolution"):
+        quantize_static(model, [np.ones((1, 4), np.float32)])
+
+
+def test_an_encoder_in_dynamic_int8_is_refused_with_the_reason() -> None:
+    refuse_dynamic("int8")
+    with pytest.raises(UnsupportedError, match="slower than in float; take"):
+        refuse_dynamic("int8-dynamic")
+
+
+def test_a_weight_beyond_float16_is_named() -> None:
+    with pytest.raises(UnsupportedError, match=r"weight holds 7e\+04.*fp32"):
+        to_half(product(np.array([[7e4]], np.float32)))
+
+
+def test_masks_keep_their_infinity() -> None:
+    lowest = np.finfo(np.float32).min
+    mask = half_tensor(ir.tensor(np.array([0.0, lowest, -np.inf], np.float32)))
+    assert mask.numpy().tolist() == [0.0, -65504.0, -np.inf]
+
+
+def test_inputs_stay_float32_unless_told() -> None:
+    usual, inside = (product(np.ones((4, 2), np.float32)) for _ in range(2))
+    to_half(usual)
+    to_half(inside, keep=("image_features",))
+    assert [usual.graph.inputs[0].dtype, usual.graph.outputs[0].dtype] == 2 * [ir.DataType.FLOAT]
+    assert [inside.graph.inputs[0].dtype, inside.graph.outputs[0].dtype] == [ir.DataType.FLOAT16, ir.DataType.FLOAT]
+    assert [value.name for value in usual.graph.outputs] == ["image_features"]
+
+
+def test_calibration_draws_other_scenes_for_another_seed(processor: Processor) -> None:
+    one, again, other = (calibration_pixels(processor, None, 2, seed) for seed in (0, 0, 1))
+    assert [pixels.shape for pixels in one] == 2 * [(1, 3, 128, 128)]
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not np.array_equal(one[0], other[0])
+    assert not np.array_equal(one[0], one[1])
+
+
+def test_calibration_reads_a_folder(processor: Processor, tmp_path: Path) -> None:
+    for index in range(5):
+        Image.new("RGB", (40, 30), (50 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert len(calibration_pixels(processor, tmp_path, 32, 0)) == 5
+    chosen = [path.name for path in pictures_in(tmp_path, 3, 0)]
+    assert chosen == sorted(chosen)
+    assert len(set(chosen)) == 3
+
+
+def test_a_folder_without_pictures_or_with_a_bad_one_is_refused(processor: Processor, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no pictures"):
+        calibration_pixels(processor, tmp_path, 4, 0)
+    with pytest.raises(InputError, match="is no folder"):
+        calibration_pixels(processor, tmp_path / "missing", 4, 0)
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"bad\.png"):
+        calibration_pixels(processor, tmp_path, 4, 0)
+    with pytest.raises(ConfigError, match="1 picture or more"):
+        calibration_pixels(processor, None, 0, 0)

@@ -1,0 +1,113 @@
+"""Which of ONNX Runtime's providers computes, and how much another may do for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from edgevlm.core.errors import DeviceError, MissingLibraryError, UnsupportedError
+from edgevlm.runtimes.ort_devices import CPU, Device, check_placement, device_of, left_over
+
+CUDA = "CUDAExecutionProvider"
+GPU = Device("cuda", CUDA)
+
+
+@pytest.mark.parametrize("name", [None, "cpu", "CPU"])
+def test_unasked_it_is_the_cpu(name: str | None) -> None:
+    assert device_of(name) == Device("cpu", CPU)
+    assert device_of(name).providers == [(CPU, {})]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *providers: str) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*providers, CPU])
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [
+        ("cuda", CUDA),
+        ("tensorrt", "TensorrtExecutionProvider"),
+        ("nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider"),
+        ("coreml", "CoreMLExecutionProvider"),
+        ("qnn", "QNNExecutionProvider"),
+        ("xnnpack", "XnnpackExecutionProvider"),
+        ("ofanother", "OfAnotherExecutionProvider"),
+    ],
+)
+def test_a_provider_goes_by_its_short_name(monkeypatch: pytest.MonkeyPatch, name: str, provider: str) -> None:
+    install(monkeypatch, provider)
+    assert device_of(name).provider == provider
+    assert [given for given, _ in device_of(name).providers] == [provider, CPU]
+
+
+def test_a_number_picks_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, CUDA)
+    assert device_of("cuda:1").providers[0] == (CUDA, {"device_id": "1"})
+    assert (device_of("cuda:1").memory, device_of("cpu").memory) == ("cuda", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"), [("cuda", "pip install onnxruntime-gpu"), ("qnn", "onnxruntime-qnn"), ("xnnpack", "built with it")]
+)
+def test_a_provider_that_is_not_installed_is_missed_with_its_fix(
+    monkeypatch: pytest.MonkeyPatch, name: str, fix: str
+) -> None:
+    install(monkeypatch)
+    with pytest.raises(MissingLibraryError, match=f"which has cpu.*{fix}"):
+        device_of(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:first"])
+def test_an_unknown_device_is_named_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"no device named '{name}'; known: .*coreml, cpu, cuda"):
+        device_of(name)
+
+
+def nodes(on_gpu: int, **on_cpu: int) -> list[tuple[str, str]]:
+    return [(CUDA, "MatMul")] * on_gpu + [(CPU, kind) for kind, count in on_cpu.items() for _ in range(count)]
+
+
+def test_a_few_nodes_may_be_computed_elsewhere_and_are_told() -> None:
+    assert left_over("decoder", GPU, nodes(18, Slice=1, Gather=1)) == {"Slice": 1, "Gather": 1}
+
+
+def test_what_only_speaks_of_shapes_does_not_count() -> None:
+    assert left_over("decoder", GPU, nodes(9, Shape=20, Cast=20, Gather=1)) == {"Gather": 1}
+
+
+def test_above_a_tenth_it_is_an_error_that_lists_them() -> None:
+    with pytest.raises(UnsupportedError, match=r"decoder: CUDA.* leaves 3 of 20 nodes to the CPU \(2 Gelu, 1 Slice\)"):
+        left_over("decoder", GPU, nodes(17, Gelu=2, Slice=1))
+
+
+def test_the_kv_cache_must_lie_where_it_was_asked_for() -> None:
+    with pytest.raises(UnsupportedError, match="1 GroupQueryAttention"):
+        left_over("decoder", GPU, nodes(99, GroupQueryAttention=1))
+
+
+def opened(providers: Sequence[str], pieces: Sequence[tuple[str, str]]) -> Any:
+    """What an opened graph says of itself."""
+    infos = [
+        SimpleNamespace(ep_name=provider, get_nodes=lambda kind=kind: [SimpleNamespace(op_type=kind)])
+        for provider, kind in pieces
+    ]
+    return SimpleNamespace(get_providers=lambda: list(providers), get_provider_graph_assignment_info=lambda: infos)
+
+
+def test_a_provider_that_did_not_start_is_an_error() -> None:
+    with pytest.raises(DeviceError, match=r"vision_encoder: CUDA.* did not start, onnxruntime took CPU"):
+        check_placement("vision_encoder", GPU, opened([CPU], [(CPU, "MatMul")]))
+
+
+def test_the_graph_itself_says_who_computes_what() -> None:
+    assert check_placement("decoder", GPU, opened([CUDA, CPU], nodes(10, Slice=1))) == {"Slice": 1}
+    with pytest.raises(UnsupportedError, match="2 of 12"):
+        check_placement("decoder", GPU, opened([CUDA, CPU], nodes(10, Slice=2)))
+
+
+def test_on_the_cpu_nothing_is_elsewhere() -> None:
+    assert check_placement("decoder", device_of("cpu"), opened([CPU], [(CPU, "MatMul")])) == {}
