@@ -74,7 +74,7 @@ def _complaint(task: Task) -> str | None:
     from edgevlm.verify import verify_bundle
 
     broken = verify_bundle(task.folder, task.wishes, check=False).broken
-    return None if broken is None else f"the gate: {broken.complaint}"
+    return None if broken is None else f"the gate: {broken.stage}: {broken.complaint}"
 
 
 def _measured(task: Task) -> Trial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from edgevlm.bundle.paths import check_name
@@ -125,14 +125,27 @@ class FusionShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSize:
+    """One picture size among several: pixels a side, and the vision tokens of such a picture."""
+
+    image_size: int
+    num_vision_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0 or self.num_vision_tokens <= 0:
+            raise ConfigError(f"an image size has pixels and vision tokens, found {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The whole of ``edgevlm.json``.
 
     ``image``, ``prompt`` and ``model`` are the plain mappings of the image and prompt specifications and of the
     config that the graphs were made from (empty in older bundles); ``file_bytes`` is the length of each part's
     files, which ``write_manifest`` fills in.  Where a part stands in several precisions for one target, the first
-    is the default.  ``num_vision_tokens`` counts one picture, or one tile of it.  ``fusion`` and a part ``fusion``
-    come together or not at all.
+    is the default.  ``num_vision_tokens`` counts one picture, or one tile of it.  ``image_sizes``: those that one
+    encoder serves, where it serves several, the first being that of ``image``.  ``fusion`` and a part ``fusion`` come
+    together or not at all.
     """
 
     schema: int = SCHEMA_VERSION
@@ -142,6 +155,7 @@ class Manifest:
     image: dict[str, Any]
     prompt: dict[str, Any]
     num_vision_tokens: int
+    image_sizes: tuple[ImageSize, ...] = ()
     decoder: DecoderShape
     max_context: int
     fusion: FusionShape | None = None
@@ -157,12 +171,14 @@ class Manifest:
             raise ConfigError("a bundle needs a name and a family")
         if self.num_vision_tokens <= 0 or self.max_context <= 0:
             raise ConfigError("num_vision_tokens and max_context must be positive")
+        self._check_image_sizes()
         self._check_parts()
 
     def part(self, name: str, target: str = "onnx", precision: str | None = None) -> PartFile:
         """The part ``name`` for ``target``, in ``precision`` or the default one.
 
-        A precision without its block size ("int4") is the first of that kind ("int4-b128").  Raises UnsupportedError, which names what the bundle holds instead.
+        A precision without its block size ("int4") is the first of that kind ("int4-b128").  Raises
+        UnsupportedError, which names what the bundle holds instead.
         """
         if name not in KNOWN_PARTS:
             raise UnsupportedError(unknown_name("part", name, KNOWN_PARTS))
@@ -176,6 +192,22 @@ class Manifest:
         targets = ", ".join(sorted({part.target for part in self.parts if part.part == name})) or "no such part"
         raise UnsupportedError(f"{self.name}: {name} was not exported for {target!r}; the bundle holds {targets}")
 
+    def at_image_size(self, image_size: int | None) -> Manifest:
+        """What a reader of pictures of ``image_size`` pixels a side should go by; None is the default size.
+
+        ``model`` stays that of the default size.  Raises UnsupportedError, which names the sizes that there are.
+        """
+        own = self.image.get("height")
+        if image_size in (None, own):
+            return self
+        for one in self.image_sizes:
+            if one.image_size == image_size:
+                side, num = one.image_size, one.num_vision_tokens
+                image, prompt = {**self.image, "height": side, "width": side}, {**self.prompt, "num_vision_tokens": num}
+                return replace(self, image=image, prompt=prompt, num_vision_tokens=num, image_sizes=())
+        sides = ", ".join(str(one.image_size) for one in self.image_sizes) or own
+        raise UnsupportedError(f"{self.name}: no pictures of {image_size} pixels a side; it was exported for {sides}")
+
     def targets(self) -> tuple[str, ...]:
         """Every target that some part was exported for, in the order of the manifest."""
         return tuple(dict.fromkeys(part.target for part in self.parts))
@@ -183,6 +215,14 @@ class Manifest:
     def files(self) -> tuple[str, ...]:
         """Every file that a part needs, once."""
         return tuple(dict.fromkeys(name for part in self.parts for name in part.files))
+
+    def _check_image_sizes(self) -> None:
+        sides = [one.image_size for one in self.image_sizes]
+        if len(set(sides)) != len(sides):
+            raise ConfigError(f"image_sizes names a size twice: {sides}")
+        first, own = self.image_sizes[:1], (self.image.get("height"), self.num_vision_tokens)
+        if any((one.image_size, one.num_vision_tokens) != own for one in first):
+            raise ConfigError(f"image_sizes begins with {first[0]}, image and num_vision_tokens say {own}")
 
     def _check_parts(self) -> None:
         found = {part.part for part in self.parts}

@@ -38,7 +38,7 @@ def command(
         bool, typer.Option("--plain", help="A decoder of standard ONNX operators alone, for other engines.")
     ] = False,
     static_batch: Annotated[
-        bool, typer.Option("--static-batch", help="An encoder that takes one picture at a time, all sizes fixed.")
+        bool, typer.Option("--static-batch", help="An encoder that takes one picture at a time.")
     ] = False,
     calib: Annotated[
         Path | None,
@@ -54,8 +54,8 @@ def command(
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Take a hub id from the cache, ask no network.")] = False,
     image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", min=1, help="Pixels a side, where the encoder takes others than its own."),
+        str | None,
+        typer.Option("--image-size", help="Pixels a side; several joined by commas make one encoder for all of them."),
     ] = None,
     image_fit: Annotated[
         str | None, typer.Option("--image-fit", help="What is done to pictures that are not square: pad, center-crop.")
@@ -99,7 +99,7 @@ def command(
             report=begin,
             revision=revision,
             offline=offline,
-            image_size=image_size,
+            image_size=_sides(image_size),
             image_fit=image_fit,
             image_splitting=image_splitting,
             vision_tokens=vision_tokens,
@@ -124,6 +124,17 @@ def _halves(both: str | None, encoder: str | None, decoder: str | None) -> tuple
 
     of_encoder, of_decoder = both_halves(both) if both else ("fp32", "fp32")
     return encoder or of_encoder, decoder or of_decoder
+
+
+def _sides(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise typer.BadParameter(
+            f"--image-size takes pixels a side, several joined by commas (512,1024); found {text!r}"
+        )
+    return tuple(map(int, words))
 
 
 def _one_folder(out: Path | None, output: Path | None) -> Path:

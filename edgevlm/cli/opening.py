@@ -43,6 +43,9 @@ FLAGS: Mapping[str, object] = {  # one for every field of Wishes; None is "not s
     "optimize": Annotated[
         str | None, typer.Option("--optimize", help=f"Tuned choices for this goal: {', '.join(GOALS)}.")
     ],
+    "image_size": Annotated[
+        int | None, typer.Option("--image-size", help="Pixels a side, where the bundle was exported for several sizes.")
+    ],
 }
 
 
@@ -101,7 +104,7 @@ def refuse_torch_for_a_half(wishes: Wishes) -> None:
 
 
 def _open_checkpoint(model: str, wishes: Wishes) -> RuntimeVlm:
-    unheard = {"runtime": TORCH, "device": "cpu", "threads": wishes.threads}
+    unheard = {"runtime": TORCH, "device": "cpu", "threads": wishes.threads, "image_size": wishes.image_size}
     others = [_flag(name) for name, value in vars(wishes).items() if value is not None and value != unheard.get(name)]
     if others:
         raise UsageError(
@@ -115,7 +118,7 @@ def _open_checkpoint(model: str, wishes: Wishes) -> RuntimeVlm:
     from edgevlm.models.checkpoint import load_model
 
     torch.set_num_threads(threads or compute_cores())
-    checkpoint = load_model(model)
+    checkpoint = load_model(model, image_size=wishes.image_size)
     vlm = checkpoint.open()
     vlm.info |= {
         "threads": torch.get_num_threads(),

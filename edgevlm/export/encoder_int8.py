@@ -6,7 +6,8 @@ symmetric int8; activations uint8 with a zero point, since what leaves a GELU is
 
 Convolutions and products with constant weights are quantized.  Depthwise convolutions stay float: they move bytes and
 hardly compute, and their channels differ too much for one scale.  So do products of two activations in attention,
-softmax, norms, sums, and the two small convolutions of a squeeze-and-excite gate.
+softmax, norms, sums, and the two small convolutions of a squeeze-and-excite gate.  So does a product that reads rows
+just joined: OpenVINO rounds before the Concat, gives every row a zero point of its own, and fails to multiply them.
 
 On x86 without VNNI (before Ice Lake and Zen 4) ONNX Runtime adds pairs of products in 16 bits, which can saturate:
 verify such a machine's bundle there, or take fp32.
@@ -105,7 +106,7 @@ def _pays(node: ir.Node, depthwise: bool) -> bool:
     ):
         return False
     if node.op_type != "Conv":
-        return True
+        return not _reads_joined_rows(node)
     weight, source = _weight(node), node.inputs[0]
     assert weight is not None
     assert weight.const_value is not None
@@ -113,6 +114,12 @@ def _pays(node: ir.Node, depthwise: bool) -> bool:
     is_depthwise = node.attributes.get_int("group", 1) > 1 and weight.const_value.shape[1] == 1
     is_gate = source.shape is not None and list(source.shape[2:]) == [1, 1]
     return (depthwise or not is_depthwise) and not is_gate
+
+
+def _reads_joined_rows(product: ir.Node) -> bool:
+    source = product.inputs[0]
+    producer = None if source is None else source.producer()
+    return producer is not None and producer.op_type == "Concat"
 
 
 def _seams(layers: Sequence[ir.Node]) -> Iterator[ir.Value]:

@@ -13,11 +13,13 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgevlm.core.errors import UnsupportedError
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = 65504.0  # in float16; what is larger becomes infinite
+CHUNK = 1 << 20  # numbers that are narrowed together
 CACHE = ("past_key_values.", "present.")
 
 SQUARES = ("Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceProd")
@@ -190,20 +192,29 @@ def half_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _halved(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """Infinity stays what it is; float32's own extremes, of which masks are made, become float16's."""
+    """Piece by piece, so that nothing else of the tensor's size lies in memory."""
     wide = tensor.numpy()
+    flat, narrow = wide.reshape(-1), np.empty(wide.size, np.float16)
+    for start in range(0, wide.size, CHUNK):
+        piece = slice(start, start + CHUNK)
+        narrow[piece] = _narrowed(flat[piece], tensor.name)
+    return ir.tensor(narrow.reshape(wide.shape), name=tensor.name)
+
+
+def _narrowed(wide: NDArray[np.float32], name: str | None) -> NDArray[np.float16]:
+    """Infinity stays what it is; float32's own extremes, of which masks are made, become float16's."""
     with np.errstate(over="ignore"):
         narrow = wide.astype(np.float16)
     overflows = np.isinf(narrow) & np.isfinite(wide)
-    if overflows.any():
-        largest = np.abs(wide[overflows]).max()
-        if np.any(np.abs(wide[overflows]) < np.finfo(np.float32).max):
-            raise UnsupportedError(
-                f"{tensor.name or 'a constant'} holds {largest:.3g}, float16 ends at {LARGEST:.0f}: "
-                f"take --precision fp32 for this part"
-            )
-        narrow = np.where(overflows, np.copysign(LARGEST, wide), narrow).astype(np.float16)
-    return ir.tensor(narrow, name=tensor.name)
+    if not overflows.any():
+        return narrow
+    largest = np.abs(wide[overflows]).max()
+    if np.any(np.abs(wide[overflows]) < np.finfo(np.float32).max):
+        raise UnsupportedError(
+            f"{name or 'a constant'} holds {largest:.3g}, float16 ends at {LARGEST:.0f}: "
+            f"take --precision fp32 for this part"
+        )
+    return np.where(overflows, np.copysign(LARGEST, wide), narrow).astype(np.float16)
 
 
 def element_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from edgevlm.bundle.paths import MANIFEST_FILE
 from edgevlm.bundle.write import write_sums
 from edgevlm.core.config import to_json, to_plain
-from edgevlm.core.errors import DISK_FULL, ConfigError, DoesNotFitError, ParityError
+from edgevlm.core.errors import DISK_FULL, ConfigError, DoesNotFitError, ParityError, UsageError
 from edgevlm.core.files import atomic_directory, write_text
 from edgevlm.export import TARGETS
 from edgevlm.export.precisions import Precisions, precisions
 from edgevlm.export.provenance import Calibration
 from edgevlm.export.sizes import bundle_bytes
 from edgevlm.export.target import Lowering
-from edgevlm.export.writing import Plan, Report, step_names, write_bundle
+from edgevlm.export.writing import Plan, Report, check_image_sizes, step_names, write_bundle
 from edgevlm.models.checkpoint import load_model
 from edgevlm.processing.chat import user_message
 from edgevlm.verify import Verification, verify_all
@@ -41,7 +41,7 @@ def export_bundle(
     report: Report = lambda step: None,
     revision: str | None = None,
     offline: bool = False,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     image_fit: str | None = None,
     image_splitting: bool | None = None,
     vision_tokens: int | None = None,
@@ -53,19 +53,21 @@ def export_bundle(
     a file, and the first is what opens by default.  ``half_storage`` stores weights that float16 holds exactly in
     half the bytes, ``plain`` writes decoders of standard operators alone, ``static_batch`` encoders of one picture
     at a time.  What rounds is fitted to ``calib_samples`` pictures of the folder ``calib``, or to generated scenes
-    that follow from ``seed``.  The arguments from ``revision`` on are those of ``load_model``, which see.
+    that follow from ``seed``.  The arguments from ``revision`` on are those of ``load_model``, which see; but of
+    ``image_size`` there may be several, for which one encoder is written, and the first is what opens by default.
 
     ``report`` is told each of ``steps`` as it begins.  Raises what ``load_model`` raises; ConfigError for a precision
     that means nothing; DoesNotFitError when the disk is too small; ParityError when the export is not the same model:
     with ``keep`` the failed bundle then stays beside ``out`` as ``<out>.failed``.
     """
-    wanted = precisions(encoder_precision, decoder_precision)
+    wanted, sides = precisions(encoder_precision, decoder_precision), _sides(image_size)
     lowering = Lowering(half_storage=half_storage, plain=plain, static_batch=static_batch)
     plan = Plan(
         target=TARGETS[target](lowering),
         lowering=lowering,
         precisions=wanted,
         calibration=_calibration(wanted, calib, calib_samples, seed),
+        image_sizes=sides if len(sides) > 1 else (),
         report=report,
     )
     out = Path(out)
@@ -75,12 +77,13 @@ def export_bundle(
             model,
             revision=revision,
             offline=offline,
-            image_size=image_size,
+            image_size=sides[0] if sides else None,
             image_fit=image_fit,
             image_splitting=image_splitting,
             vision_tokens=vision_tokens,
             max_context=max_context,
         )
+        check_image_sizes(checkpoint.model.config, plan.image_sizes)
         checkpoint.processor.input_ids([user_message("?", num_images=1)])  # a template that fails should fail now
         _check_room(root, out, bundle_bytes(checkpoint.model, wanted, half_storage=half_storage))
         write_bundle(checkpoint, plan, root)
@@ -93,6 +96,15 @@ def export_bundle(
 def steps(wanted: Precisions) -> tuple[str, ...]:
     """What ``export_bundle`` reports, in order; ``fusion`` only where the model has one."""
     return ("load", *step_names(wanted), "verify")
+
+
+def _sides(image_size: int | Sequence[int] | None) -> tuple[int, ...]:
+    if image_size is None:
+        return ()
+    sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
+    if not sides or min(sides) < 1 or len(set(sides)) != len(sides):
+        raise UsageError(f"image_size is one number of pixels, or several that differ; found {list(sides)}")
+    return sides
 
 
 def _calibration(wanted: Precisions, folder: str | Path | None, num_samples: int, seed: int) -> Calibration:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, Manifest, PartFile
+from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, ImageSize, Manifest, PartFile
 from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.core.config import to_plain
 from edgevlm.export.calibration import calibration_pixels
 from edgevlm.export.heads import cache_head_size
-from edgevlm.export.parts import Part, split
+from edgevlm.export.parts import Part, check_free_sizes, split
 from edgevlm.export.precisions import Precisions, suffixes
 from edgevlm.export.provenance import Calibration, provenance
 from edgevlm.export.references import keep_activations, unfused_encoder
@@ -26,11 +26,14 @@ from edgevlm.export.target import Extras, Lowering, Target
 from edgevlm.export.texts import write_texts
 from edgevlm.families.licence import Licence, read_licence
 from edgevlm.models.as_session import TorchSession, fusion_shape
+from edgevlm.models.changes import Changes
 from edgevlm.models.checkpoint import Checkpoint
 from edgevlm.models.vlm import Vlm
 from edgevlm.quant.calibration import calibration_samples, importance
 from edgevlm.quant.decoder import QuantizedDecoder, quantize_decoder
 from edgevlm.quant.fake import fake_quantized
+from edgevlm.shapes.config import VlmConfig
+from edgevlm.shapes.resize import at_image_size
 from edgevlm.verify import golden
 
 logger = logging.getLogger(__name__)
@@ -41,13 +44,17 @@ PARTS = ("vision_encoder", "fusion", "embed_tokens", "decoder_model_merged")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is made of a checkpoint."""
+    """What is made of a checkpoint.
+
+    ``image_sizes``: pixels a side, where one encoder is to serve several; the first is the checkpoint's.
+    """
 
     target: Target
     lowering: Lowering
     precisions: Precisions
     calibration: Calibration
     report: Report
+    image_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,31 +120,55 @@ def step_names(precisions: Precisions) -> tuple[str, ...]:
     return ("golden", *(["calibrate"] if precisions.calibrates else []), *lowered)
 
 
+def check_image_sizes(config: VlmConfig, sides: Sequence[int]) -> None:
+    """Raise UnsupportedError unless one encoder can serve pictures of all ``sides``, in pixels; none need it."""
+    for side in sides:
+        at_image_size(config, side)
+    if sides:
+        check_free_sizes(config)
+
+
 def write_bundle(checkpoint: Checkpoint, plan: Plan, root: Path) -> None:
     """Write texts, graphs, manifest and ``golden/`` into ``root``; afterwards the checkpoint has no weights."""
     licence = read_licence(checkpoint.folder)
     _tell(checkpoint, licence)
     plan.report("golden")
     num_scenes = golden.TASK_SCENES if plan.precisions.is_exact else golden.MANY_SCENES
-    recording = golden.recorded(checkpoint.open(), checkpoint.suite, num_scenes=num_scenes)
-    parts = split(checkpoint.model, static_batch=plan.lowering.static_batch)
-    work = _calibrated(checkpoint, plan, root, recording)
+    sized = [checkpoint, *(_resized(checkpoint, side) for side in plan.image_sizes[1:])]
+    others = (other.open() for other in sized[1:])
+    recording = golden.recorded(checkpoint.open(), checkpoint.suite, num_scenes=num_scenes, others=others)
+    parts = split(checkpoint.model, static_batch=plan.lowering.static_batch, free_sizes=bool(plan.image_sizes))
+    work = _calibrated(sized, plan, root, recording)
     files = [file for part in parts for file in work.lower(part)]
     write_texts(checkpoint, root, licence, files)
-    write_manifest(root, _manifest(checkpoint, files, plan, licence))
+    write_manifest(root, replace(_manifest(checkpoint, files, plan, licence), image_sizes=_image_sizes(sized)))
     recording.save(root)
     write_sums(root)
     _release(checkpoint.model, *(part.model for part in parts))
 
 
-def _calibrated(checkpoint: Checkpoint, plan: Plan, root: Path, recording: golden.Recording) -> Work:
-    """The work, with what roundings are fitted to, where some are."""
-    precisions, calibration = plan.precisions, plan.calibration
+def _resized(checkpoint: Checkpoint, side: int) -> Checkpoint:
+    """The same model, whose encoder takes any size, behind preprocessing and prompts for ``side`` pixels."""
+    config = at_image_size(checkpoint.model.config, side)
+    return replace(checkpoint, processor=Changes(image_size=side).of_processor(checkpoint.processor, config))
+
+
+def _image_sizes(sized: Sequence[Checkpoint]) -> tuple[ImageSize, ...]:
+    """What the manifest says of them; nothing of a single one."""
+    sizes = [(one.processor.image_spec.height, one.processor.prompt_spec.num_vision_tokens) for one in sized]
+    found = tuple(ImageSize(image_size=side, num_vision_tokens=num) for side, num in sizes)
+    return found if len(found) > 1 else ()
+
+
+def _calibrated(sized: Sequence[Checkpoint], plan: Plan, root: Path, recording: golden.Recording) -> Work:
+    """The work, with what roundings are fitted to, where some are: an encoder to pictures of every size."""
+    checkpoint, precisions, calibration = sized[0], plan.precisions, plan.calibration
     if precisions.calibrates:
         plan.report("calibrate")
     pixels = None
     if "int8" in precisions.encoder:
-        pixels = calibration_pixels(checkpoint.processor, calibration.folder, calibration.num_samples, calibration.seed)
+        source = (calibration.folder, calibration.num_samples, calibration.seed)
+        pixels = [pixels for one in sized for pixels in calibration_pixels(one.processor, *source)]
     counts = None
     if precisions.search:
         samples = calibration_samples(calibration.folder, calibration.num_samples, calibration.seed)

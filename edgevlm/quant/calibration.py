@@ -37,6 +37,7 @@ PROMPTS = (
 )
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read what another reads
+ROWS_AT_ONCE = 128
 MAX_TOKENS = 12  # of each answer: some rows that the model wrote itself, few enough for a large one on a CPU
 
 Report = Callable[[int, int], None]  # told (samples done, samples in all) after each
@@ -79,24 +80,37 @@ def calibration_samples(folder: Path | None = None, num: int = NUM_SAMPLES, seed
 
 
 class SecondMoments:
-    """Sums of x xᵀ over rows x, within spans of neighbouring inputs [P, S, S], and the number of rows."""
+    """Sums of x xᵀ over rows x, within spans of neighbouring inputs [P, S, S], and the number of rows.
+
+    Rows are gathered and counted many at a time: the sums are far larger than a row.
+    """
 
     def __init__(self, num_inputs: int) -> None:
         self.num_inputs, (num, self.width) = num_inputs, num_spans(num_inputs)
         self.total = torch.zeros(num, self.width, self.width)
         self.num_rows = 0
+        self._waiting: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
         """Count rows (…, K)."""
         flat = rows.detach().float().flatten(0, -2)
-        filled: Tensor = F.pad(flat, (0, len(self.total) * self.width - self.num_inputs))
-        spans = filled.view(len(flat), -1, self.width).transpose(0, 1)
-        self.total.baddbmm_(spans.transpose(1, 2), spans)
+        self._waiting.append(flat)
         self.num_rows += len(flat)
+        if sum(map(len, self._waiting)) >= ROWS_AT_ONCE:
+            self._count()
 
     def mean(self) -> Tensor:
         """Second moments [P, S, S], float32."""
+        self._count()
         return self.total / max(1, self.num_rows)
+
+    def _count(self) -> None:
+        if not self._waiting:
+            return
+        rows, self._waiting = torch.cat(self._waiting), []
+        filled: Tensor = F.pad(rows, (0, len(self.total) * self.width - self.num_inputs))
+        spans = filled.view(len(rows), -1, self.width).transpose(0, 1)
+        self.total.baddbmm_(spans.transpose(1, 2), spans)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Wishes:
     """What a caller said of it; None where nothing was said, and then a tuned choice or the default counts.
 
     ``runtime`` and ``device`` are for both halves, unless one has its own.  ``optimize``: the goal whose tuned choice
-    is taken, one of ``GOALS``.
+    is taken, one of ``GOALS``.  ``image_size``: pixels a side, one of those that the bundle was exported for.
     """
 
     runtime: str | None = None
@@ -59,6 +59,7 @@ class Wishes:
     decoder_precision: str | None = None
     threads: int | None = None
     optimize: str | None = None
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.optimize is not None and self.optimize not in GOALS:

@@ -45,6 +45,7 @@ def open_bundle(
     decoder_precision: str | None = None,
     threads: int | None = None,
     optimize: str | None = None,
+    image_size: int | None = None,
     check: bool = True,
 ) -> RuntimeVlm:
     """Load a bundle, given as a folder or as a shipped name such as ``nano``.
@@ -52,10 +53,11 @@ def open_bundle(
     ``runtime`` and ``device`` are for both halves, ``encoder_runtime`` (the fusion included) and ``decoder_runtime``
     go before it; the precisions are those that the bundle holds.  What is not said comes from the bundle's tune.json
     where it knows this machine, for the goal ``optimize`` (ttft, throughput, memory) or the one it was tuned for; else
-    it is ONNX Runtime on the CPU's physical cores with the bundle's first precision.  ``check`` compares every file
-    with its hash the first time.
+    it is ONNX Runtime on the CPU's physical cores with the bundle's first precision.  ``image_size``: pixels a side,
+    where the bundle was exported for several; by default the first of them.  ``check`` compares every file with its
+    hash the first time.
 
-    Raises UnsupportedError for an unknown runtime or device, or a precision that the bundle lacks,
+    Raises UnsupportedError for an unknown runtime or device, or a precision or image size that the bundle lacks,
     MissingLibraryError when a library is not installed, UsageError for a goal that nothing was tuned for,
     IntegrityError for a damaged bundle or one whose parts disagree.
     """
@@ -68,6 +70,7 @@ def open_bundle(
         decoder_precision=decoder_precision,
         threads=threads,
         optimize=optimize,
+        image_size=image_size,
     )
     return open_as_wished(path, wishes, check=check)
 
@@ -75,7 +78,8 @@ def open_bundle(
 def open_as_wished(path: str | Path, wishes: Wishes, *, check: bool = True) -> RuntimeVlm:
     """What ``open_bundle`` does, with everything that was wished in one value."""
     bundle = read_bundle(find_bundle(str(path)), check=check)
-    manifest = bundle.manifest
+    manifest = bundle.manifest.at_image_size(wishes.image_size)
+    bundle = replace(bundle, manifest=manifest)
     choices = wishes.over(tuned_choices(bundle, wishes.optimize, known=RUNTIMES) or Choices())
     halves = _Halves(bundle, choices)
     processor = Processor.from_folder(bundle.root, manifest.image, manifest.prompt)

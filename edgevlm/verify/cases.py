@@ -25,12 +25,19 @@ class GoldenCase:
     own: Mapping[str, golden.Tensors]
 
 
-def golden_cases(root: Path) -> list[GoldenCase]:
-    """Raises IntegrityError when ``golden/`` lacks something that ``golden.record`` writes."""
+def golden_cases(root: Path, image_size: int | None = None) -> list[GoldenCase]:
+    """The cases of the bundle at ``root``; with ``image_size`` those whose picture becomes so many pixels a side.
+
+    Raises IntegrityError when ``golden/`` lacks something that ``golden.record`` writes.
+    """
     tensors, meta = load_golden(root)
     cases = []
     try:
-        for number, prompt in enumerate(meta["prompts"]):
+        prompts = meta["prompts"]
+        sides = meta.get("image_sizes") or [image_size] * len(prompts)
+        for number, (prompt, side) in enumerate(zip(prompts, sides, strict=True)):
+            if image_size not in (None, side):
+                continue
             cases.append(
                 GoldenCase(
                     picture=golden.picture(root, number),
@@ -39,7 +46,7 @@ def golden_cases(root: Path) -> list[GoldenCase]:
                     own=_own(tensors, number),
                 )
             )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{root}: golden/ is incomplete ({error}): export the bundle again") from error
     if not cases:
         raise IntegrityError(f"{root}: golden/ holds no case, so nothing can be compared: export the bundle again")

@@ -26,11 +26,15 @@ NO_WISHES = Wishes()
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was compared, with which result.  ``precision`` is the decoder's."""
+    """What was compared, with which result.
+
+    ``precision`` is the decoder's; ``image_size`` pixels a side, where the bundle has several sizes.
+    """
 
     bundle: str
     precision: str
     encoder_precision: str = "fp32"
+    image_size: int | None = None
     runtime: Mapping[str, Any]
     stages: tuple[StageResult, ...]
     task: TaskResult | None
@@ -38,8 +42,9 @@ class Verification:
 
     @property
     def combination(self) -> str:
-        """The precisions of both halves, as a sentence names them."""
-        return f"{self.encoder_precision} encoder with {self.precision} decoder"
+        """The precisions of both halves, and the picture size if it needs saying, as a sentence names them."""
+        size = f" at {self.image_size} pixels" if self.image_size else ""
+        return f"{self.encoder_precision} encoder with {self.precision} decoder{size}"
 
     @property
     def broken(self) -> StageResult | None:
@@ -51,7 +56,7 @@ class Verification:
         broken = self.broken
         if broken is None:
             return self
-        exact = self.encoder_precision == self.precision == "fp32"
+        exact = self.encoder_precision == self.precision == "fp32" and not self.image_size
         what = self.bundle if exact else f"{self.bundle}, {self.combination}"
         raise ParityError(
             f"{what}: stage {broken.stage} differs from PyTorch: {broken.complaint}. Likely {broken.cause}"
@@ -61,21 +66,24 @@ class Verification:
 def verify_bundle(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool = True) -> Verification:
     """Compare a bundle (folder or shipped name) with its golden tensors, as ``wishes`` would open it.
 
-    Raises what opening raises; a difference is a result, not an exception: see ``Verification.require``.
+    The task's questions are asked at the default picture size.  Raises what opening raises; a difference is a result,
+    not an exception: see ``Verification.require``.
     """
     root = find_bundle(path)
-    read_bundle(root, check=check)
+    manifest = read_bundle(root, check=check).manifest
     with open_as_wished(root, wishes, check=False) as vlm:
-        combination = combination_of(vlm)
-        results = _compared(vlm, golden_cases(root), combination)
+        combination, side = combination_of(vlm), vlm.processor.image_spec.height
+        results = _compared(vlm, golden_cases(root, side), combination)
         sound = all(result.passed for result in results)
-        task = task_result(vlm, load_golden(root)[1], combination) if sound else None
+        asks = sound and side == manifest.image.get("height")
+        task = task_result(vlm, load_golden(root)[1], combination) if asks else None
         if task:
             results.append(task_stage(task, combination))
         return Verification(
             bundle=vlm.name,
             precision=combination.decoder.precision,
             encoder_precision=combination.encoder.precision,
+            image_size=side if manifest.image_sizes else None,
             runtime=vlm.info,
             stages=tuple(results),
             task=task,
@@ -86,16 +94,28 @@ def verify_bundle(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool =
 def verify_all(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool = True) -> tuple[Verification, ...]:
     """``verify_bundle`` for the default combination of precisions, then each other precision of each half.
 
-    Raises UsageError for ``wishes`` that name a precision.
+    At every picture size but the first, every encoder with the default decoder.  Raises UsageError for ``wishes`` that
+    name a precision or a size.
     """
-    if wishes.encoder_precision or wishes.decoder_precision:
-        raise UsageError("all precisions are verified, or the one that is named: give either --all or a precision")
+    if wishes.encoder_precision or wishes.decoder_precision or wishes.image_size:
+        raise UsageError(
+            "all precisions and image sizes are verified, or those that are named: give either --all or a precision "
+            "or size"
+        )
     root = find_bundle(path)
     manifest = read_bundle(root, check=check).manifest
-    return tuple(
-        verify_bundle(root, replace(wishes, encoder_precision=encoder, decoder_precision=decoder), check=False)
-        for encoder, decoder in combinations(manifest)
-    )
+    return tuple(verify_bundle(root, one, check=False) for one in _every(manifest, wishes))
+
+
+def _every(manifest: Manifest, wishes: Wishes) -> Iterator[Wishes]:
+    """``wishes`` with everything that is there to be verified."""
+    pairs = combinations(manifest)
+    for encoder, decoder in pairs:
+        yield replace(wishes, encoder_precision=encoder, decoder_precision=decoder)
+    for size in manifest.image_sizes[1:]:
+        for encoder in _precisions(manifest, "vision_encoder"):
+            resized = replace(wishes, image_size=size.image_size)
+            yield replace(resized, encoder_precision=encoder, decoder_precision=pairs[0][1])
 
 
 def combinations(manifest: Manifest) -> list[tuple[str, str]]:
@@ -124,7 +144,7 @@ def golden_answers_match(vlm: RuntimeVlm) -> str | None:
     if root is None:
         return None
     with vlm.exclusive() as session:
-        for number, case in enumerate(golden_cases(Path(root))):
+        for number, case in enumerate(golden_cases(Path(root), vlm.processor.image_spec.height)):
             for result in whole_way(begin(session, vlm, case, combination_of(vlm))):
                 if not result.passed:
                     return f"golden case {number}: {result.note or result.complaint}"

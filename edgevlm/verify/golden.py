@@ -8,7 +8,7 @@ pictures into tiles gets one that makes several, but few.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,15 @@ def _fitting(processor: Processor, images: Sequence[NDArray[np.uint8]]) -> NDArr
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What ``golden/`` will hold: the cases, every tensor by ``{case}.{stage}``, and the task's answers."""
+    """What ``golden/`` will hold: the cases, every tensor by ``{case}.{stage}``, and the task's answers.
+
+    ``image_sizes``: what each case's picture becomes, in pixels a side, for a model that reads several sizes.
+    """
 
     cases: tuple[Case, ...]
     tensors: Tensors
     task: dict[str, Any] | None
+    image_sizes: tuple[int, ...] = ()
 
     def add_decoder(self, precision: str, session: Session) -> None:
         """Record the logits of a decoder that rounds as ``precision`` does, fed what float32 was fed."""
@@ -105,7 +109,8 @@ class Recording:
     def save(self, root: Path) -> None:
         """Write ``golden/`` of the bundle at ``root``."""
         prompts = [case.prompt for case in self.cases]
-        save_golden(root, self.tensors, {"prompts": prompts, "task": self.task})
+        sizes = {"image_sizes": self.image_sizes} if self.image_sizes else {}
+        save_golden(root, self.tensors, {"prompts": prompts, "task": self.task, **sizes})
         for number, case in enumerate(self.cases):
             Image.fromarray(case.image).save(picture(root, number))
 
@@ -120,17 +125,32 @@ def record(vlm: RuntimeVlm, root: Path, suite: str) -> None:
     recorded(vlm, suite).save(root)
 
 
-def recorded(vlm: RuntimeVlm, suite: str, *, num_scenes: int = TASK_SCENES) -> Recording:
+def recorded(
+    vlm: RuntimeVlm, suite: str, *, num_scenes: int = TASK_SCENES, others: Iterable[RuntimeVlm] = ()
+) -> Recording:
     """Every case as ``vlm`` answers it, and its answers to ``num_scenes`` of the task ``suite``, if there is one.
 
-    A bundle that rounds needs ``MANY_SCENES``: only many questions tell how many right answers that costs.
+    A bundle that rounds needs ``MANY_SCENES``: only many questions tell how many right answers that costs.  Of the
+    ``others``, the same model for other picture sizes, each adds its first case.
     """
     tensors: Tensors = {}
-    asked = cases(vlm.processor)
-    for number, case in enumerate(asked):
-        tensors |= {f"{number}.{name}": tensor for name, tensor in _record_case(vlm, case).items()}
+    asked: list[Case] = []
+    sides: list[int] = []
+    for model, case in _asked(vlm, others):
+        tensors |= {f"{len(asked)}.{name}": tensor for name, tensor in _record_case(model, case).items()}
+        asked.append(case)
+        sides.append(model.processor.image_spec.height)
     task = _task_record(vlm, suite, num_scenes) if suite else None
-    return Recording(cases=asked, tensors=tensors, task=task)
+    image_sizes = tuple(sides) if len(set(sides)) > 1 else ()
+    return Recording(cases=tuple(asked), tensors=tensors, task=task, image_sizes=image_sizes)
+
+
+def _asked(vlm: RuntimeVlm, others: Iterable[RuntimeVlm]) -> Iterator[tuple[RuntimeVlm, Case]]:
+    """Who is asked which case."""
+    for case in cases(vlm.processor):
+        yield vlm, case
+    for other in others:
+        yield other, cases(other.processor)[0]
 
 
 def picture(root: Path, number: int) -> Path:

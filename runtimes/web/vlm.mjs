@@ -4,23 +4,51 @@
 // are padded to a square where the model wants that, and a second begin-of-sequence token is dropped.
 
 const TILED = ["idefics3", "smolvlm"];
+const SUFFIXES = { fp32: "", fp16: "_fp16", int8: "_int8", q8: "_quantized", q4: "_q4" }; // of files, by transformers.js' words
 
 /**
  * Load the bundle `name` with `library` (transformers.js, its `env` set up); `manifest` is its edgevlm.json.
- * `decoder` and `encoder` are precisions in transformers.js' words (q4, fp16, …) where not the bundle's default is
- * meant, `device` another engine.
+ * `decoder` and `encoder` are precisions in transformers.js' words (q4, fp16, …) or the bundle's (int4-b128, …) where
+ * not its default is meant, `device` another engine.
  */
 export async function openBundle(library, name, manifest, { decoder, encoder, device } = {}) {
   if (manifest.fusion) throw new Error(`${manifest.name} fuses text with the picture, which transformers.js cannot do`);
   const config = await library.AutoConfig.from_pretrained(name);
-  const dtype = { ...config["transformers.js_config"]?.dtype };
-  if (decoder) dtype.decoder_model_merged = decoder;
-  if (encoder) dtype.vision_encoder = encoder;
+  const dtype = { ...config["transformers.js_config"]?.dtype, ...wished(manifest, decoder, encoder) };
   const [processor, model] = await Promise.all([
     library.AutoProcessor.from_pretrained(name),
     library.AutoModelForImageTextToText.from_pretrained(name, { dtype, ...(device && { device }) }),
   ]);
   return { library, manifest, processor, model };
+}
+
+/** The words for what was wished; the embedding is the decoder's own where the bundle has one. */
+function wished(manifest, decoder, encoder) {
+  const found = {};
+  if (encoder) found.vision_encoder = fileOf(manifest, "vision_encoder", encoder).word;
+  if (decoder) {
+    const { word, precision } = fileOf(manifest, "decoder_model_merged", decoder);
+    const rows = filesOf(manifest, "embed_tokens");
+    found.decoder_model_merged = word;
+    found.embed_tokens = (rows.find((row) => row.precision === precision) ?? rows[0])?.word;
+  }
+  return found;
+}
+
+/** The file of `part` that `wish` names. For a word that it does not know transformers.js takes another file in silence. */
+function fileOf(manifest, part, wish) {
+  const files = filesOf(manifest, part);
+  const found = files.find(({ word }) => word === wish) ?? files.find(({ precision }) => precision === wish);
+  if (!found) throw new Error(`${manifest.name} has no ${part} in ${wish}: ask for ${files.map(({ word }) => word).join(", ")}`);
+  return found;
+}
+
+/** The precision of every file of `part` that transformers.js can ask for, and its word for it. */
+function filesOf({ parts }, part) {
+  const words = Object.keys(SUFFIXES);
+  const wordOf = (file) => words.find((word) => file === `onnx/${part}${SUFFIXES[word]}.onnx`);
+  const files = parts.filter((one) => one.part === part && one.target === "onnx");
+  return files.map(({ file, precision }) => ({ precision, word: wordOf(file) })).filter(({ word }) => word);
 }
 
 /**

@@ -167,6 +167,20 @@ def pair(
     return load_model(folder / "checkpoint"), folder / "bundle"
 
 
+@pytest.fixture(scope="module")
+def rounded_bundle(
+    tiny_tokenizer: WriteTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Checkpoint, Path]:
+    """A checkpoint of high resolution, and a bundle with its encoder in int8 and fp16."""
+    folder = tmp_path_factory.mktemp("rounded")
+    write(folder / "checkpoint", tiny_tokenizer, side=2, resolution_ratio=2)
+    paths = [str(folder / "checkpoint"), "-o", str(folder / "bundle")]
+    options = ["--encoder-precision", "int8,fp16", "--calib-samples", "8", "-q"]
+    result = CliRunner().invoke(app, ["export", *paths, *options])
+    assert result.exit_code == 0, result.output
+    return load_model(folder / "checkpoint"), folder / "bundle"
+
+
 def picture(seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (90, 120, 3), np.uint8)
     return Image.fromarray(pixels).resize((480, 360), Image.Resampling.BICUBIC)
@@ -204,6 +218,29 @@ def test_answers_of_pytorch_onnx_and_the_formulas_are_equal(pair: tuple[Checkpoi
                 assert list(answer.token_ids) == expected
         seen, unseen = (vlm.ask(image, QUESTION, max_tokens=12).token_ids for image in (picture(), picture(1)))
         assert seen != unseen
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_rounded_encoder_leaves_the_fusion_float(
+    runtime: str, rounded_bundle: tuple[Checkpoint, Path]
+) -> None:
+    """Five views joined row by row, one encoder in 8 and one in 16 bits: either runs in either runtime."""
+    checkpoint, bundle = rounded_bundle
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    parts = [(part["part"], part["precision"]) for part in json.loads((bundle / "edgevlm.json").read_text())["parts"]]
+    assert [precision for part, precision in parts if part == "vision_encoder"] == ["int8", "fp16"]
+    assert [precision for part, precision in parts if part == "fusion"] == ["fp32", "fp16"]
+    pixels = checkpoint.processor.pixels(picture())
+    with checkpoint.open().exclusive() as session:
+        expected = session.encode(pixels).tokens
+    for precision, allowed in (("int8", 0.08), ("fp16", 5e-3)):
+        with (
+            open_bundle(bundle, encoder_precision=precision, encoder_runtime=runtime) as vlm,
+            vlm.exclusive() as session,
+        ):
+            found = session.encode(pixels).tokens
+        assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < allowed
 
 
 def test_a_video_and_a_second_turn_are_answered_alike(pair: tuple[Checkpoint, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -152,9 +153,9 @@ def ask(root: Path, node_modules: Path, *arguments: object) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def ours(bundle: Path, picture: Path, question: str) -> dict[str, Any]:
+def ours(bundle: Path, picture: Path, question: str, *options: str) -> dict[str, Any]:
     """What ``edgevlm run`` answers."""
-    arguments = ["--image", str(picture), "--prompt", question, "--max-tokens", "12", "--json"]
+    arguments = ["--image", str(picture), "--prompt", question, "--max-tokens", "12", "--json", *options]
     result = CliRunner().invoke(app, ["run", str(bundle), *arguments])
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout))
@@ -185,6 +186,58 @@ def test_the_folder_of_a_bundle_answers_alike_in_transformers_js(
     assert found["token_ids"] == expected["token_ids"]
     assert len(set(found["token_ids"])) > 2, "an answer of one token for ever would say little"
     assert result.stderr == ""
+
+
+WORDS = {"q4": "int4-b128", "q8": "int8-dynamic", "int8": "int8-b32", "fp16": "fp16"}  # theirs and ours
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokens) -> Callable[[str], Path]:
+    """The folder of a family, with a bundle in which only the embedding of float16 decoders is there."""
+
+    def write(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        (folder / "checkpoint").mkdir()
+        CASES[family][0](folder / "checkpoint", tiny_tokenizer)
+        Image.fromarray(CASES[family][1]).save(folder / "picture.png")
+        wishes: dict[str, Any] = {"encoder_precision": "fp16,int8", "decoder_precision": ",".join(WORDS.values())}
+        export_bundle(folder / "checkpoint", out=folder / "model.bundle", calib_samples=2, **wishes)
+        return folder
+
+    return functools.cache(write)
+
+
+@pytest.mark.parametrize("family", ["llava", "fastvlm", "smolvlm"])
+@pytest.mark.parametrize(("encoder", "decoder"), [("fp16", "q4"), ("fp16", "q8"), ("int8", "int8"), ("fp16", "fp16")])
+def test_every_precision_answers_alike(
+    family: str, encoder: str, decoder: str, rounded: Callable[[str], Path], root: Path, node_modules: Path
+) -> None:
+    """onnxruntime-node has the kernels of Python's ONNX Runtime, so that the ids of random weights are equal, too."""
+    folder = rounded(family)
+    bundle, picture = folder / "model.bundle", folder / "picture.png"
+    theirs = ("--encoder", encoder, "--decoder", decoder, "--max-tokens", "12", "--json")
+    result = ask(root, node_modules, bundle, picture, QUESTION, *theirs)
+    assert (result.returncode, result.stderr) == (0, "")
+    names = ("--encoder-precision", encoder, "--decoder-precision", WORDS[decoder])
+    assert json.loads(result.stdout)["token_ids"] == ours(bundle, picture, QUESTION, *names)["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--decoder", "int4"), "has no decoder_model_merged in int4: ask for q4, q8, int8, fp16"),
+        (("--decoder", "fp32"), "has no decoder_model_merged in fp32"),
+        (("--encoder", "q8"), "has no vision_encoder in q8: ask for fp16, int8"),
+    ],
+)
+def test_a_precision_that_the_bundle_lacks_is_refused(
+    options: tuple[str, str], words: str, rounded: Callable[[str], Path], root: Path, node_modules: Path
+) -> None:
+    """transformers.js itself takes the default, in silence, for a word that it does not know."""
+    folder = rounded("llava")
+    result = ask(root, node_modules, folder / "model.bundle", folder / "picture.png", QUESTION, *options)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert words in result.stderr
 
 
 def test_ask_says_in_one_line_what_is_missing(root: Path, node_modules: Path, tmp_path: Path) -> None:

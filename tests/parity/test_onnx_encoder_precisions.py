@@ -66,7 +66,14 @@ ENCODERS = {
     "stem-vit": (STEM, MlpConfig(num_layers=1, final_gelu=True)),
 }
 HALF_ERROR = 5e-3  # relative L2; float16 has 11 bits, and sums of some hundred terms lose two or three
-INT8_ERROR = 6e-2  # relative L2 of these random encoders, whose layers all count alike; without the noise it is 0
+NUM_CALIBRATION = 32  # pictures, as an export takes: ranges from two of them cut what the third one holds
+INT8_ERROR = 7e-2
+"""Relative L2 of these random encoders, whose layers all count alike.
+
+Rounding a tensor to 8 bits costs some 0.9 % of it (256 levels over 8 standard deviations), rounded layers add up in
+squares: the 14 of FastViT, alone 0.4 to 1.9 % each, give 3.5 %, and all together measure the same.  Over ten seeds it
+is 1.4 to 5.0 % in FastViT and below 3.1 % elsewhere; weight scales wrong by a tenth give 30 % and more.
+"""
 
 
 def model_of(name: str, spread_out: Callable[..., nn.Module]) -> Vlm:
@@ -139,7 +146,7 @@ def test_int8_is_near_pytorch_and_fused_as_unfused(
     model = model_of(name, spread_out)
     side = model.config.vision.image_size
     graph, pixels = graph_of(model), pictures(2, side, side, seed=1)
-    report = quantize_static(graph, [pictures(4, side, side)])
+    report = quantize_static(graph, [pictures(NUM_CALIBRATION, side, side)])
     found, unfused = run(graph, tmp_path, pixels), run(graph, tmp_path, pixels, fused=False)
     assert report.quantized
     assert error(found, unfused) < INT8_ERROR / 2
@@ -163,7 +170,7 @@ def test_a_static_batch_fixes_every_size(spread_out: Callable[..., nn.Module], t
     assert all(isinstance(size, int) for value in graph.graph.inputs for size in value.shape or ())
     assert "Shape" not in kinds(graph)
     assert error(run(graph, tmp_path, pixels), expected_of(model, pixels)) < 1e-5
-    quantize_static(graph, [pictures(3, 32, 32)])
+    quantize_static(graph, [pictures(NUM_CALIBRATION, 32, 32)])
     assert error(run(graph, tmp_path, pixels), expected_of(model, pixels)) < INT8_ERROR
 
 
@@ -182,7 +189,7 @@ def test_one_graph_serves_pictures_of_any_size(
     if precision == "fp16":
         to_half(graph)
     if precision == "int8":
-        quantize_static(graph, [pictures(2, 4 * stride, 4 * stride)])
+        quantize_static(graph, [pictures(NUM_CALIBRATION, 4 * stride, 4 * stride)])
     allowed = {"fp32": 1e-5, "fp16": HALF_ERROR, "int8": INT8_ERROR}[precision]
     for rows, columns in ((4, 4), (8, 8), (8, 4)):
         pixels = pictures(2, rows * stride, columns * stride, seed=1)

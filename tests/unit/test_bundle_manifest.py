@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edgevlm.bundle.manifest import SCHEMA_VERSION, Manifest, parse_manifest
+from edgevlm.bundle.manifest import SCHEMA_VERSION, ImageSize, Manifest, parse_manifest
 from edgevlm.core.config import to_json
 from edgevlm.core.errors import ConfigError, IntegrityError, UnsupportedError
 
@@ -51,6 +51,11 @@ def test_a_newer_schema_asks_for_an_upgrade(tiny_manifest: Manifest) -> None:
         (lambda m: m["parts"][0]["inputs"][0].update(shape=[-1]), "positive number or a name"),
         (lambda m: m.update(image=[1]), "image must be a table"),
         (lambda m: m.update(file_bytes={"a": "b"}), "file_bytes: a must be int"),
+        (lambda m: m.update(image_sizes=[{"image_size": 8}]), "num_vision_tokens"),
+        (lambda m: m.update(image_sizes=[{"image_size": 8, "num_vision_tokens": 0}]), "pixels and vision tokens"),
+        (lambda m: m.update(image_sizes=[{"image_size": 8, "num_vision_tokens": 4}] * 2), "names a size twice"),
+        (lambda m: m.update(image_sizes=[{"image_size": 16, "num_vision_tokens": 16}]), "image_sizes begins with"),
+        (lambda m: m.update(image_sizes=[{"image_size": 8, "num_vision_tokens": 5}]), "image_sizes begins with"),
     ],
 )
 def test_a_wrong_manifest_is_refused_in_one_sentence(tiny_manifest: Manifest, change: Change, words: str) -> None:
@@ -82,6 +87,24 @@ def test_a_part_that_is_not_there_names_what_is(
 ) -> None:
     with pytest.raises(UnsupportedError, match=words):
         tiny_manifest.part(*arguments)
+
+
+def test_a_manifest_is_read_at_each_size_that_it_lists(tiny_manifest: Manifest) -> None:
+    sizes = (ImageSize(image_size=8, num_vision_tokens=4), ImageSize(image_size=16, num_vision_tokens=16))
+    manifest = replace(tiny_manifest, image_sizes=sizes)
+    assert parse_manifest(plain(manifest), where="edgevlm.json") == manifest
+    assert manifest.at_image_size(None) == manifest.at_image_size(8) == manifest
+    larger = manifest.at_image_size(16)
+    assert (larger.image, larger.num_vision_tokens) == ({"height": 16, "width": 16, "fit": "pad"}, 16)
+    assert larger.prompt == {"image_token": "<image>", "num_vision_tokens": 16}
+    with pytest.raises(UnsupportedError, match="no pictures of 12 pixels a side; it was exported for 8, 16"):
+        manifest.at_image_size(12)
+
+
+def test_a_manifest_of_one_size_is_read_at_that(tiny_manifest: Manifest) -> None:
+    assert tiny_manifest.at_image_size(8) == tiny_manifest
+    with pytest.raises(UnsupportedError, match="it was exported for 8"):
+        tiny_manifest.at_image_size(16)
 
 
 def test_a_manifest_cannot_be_built_for_another_schema(tiny_manifest: Manifest) -> None:

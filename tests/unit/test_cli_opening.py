@@ -26,6 +26,7 @@ ALL = {
     "--decoder-precision": "int4-b128",
     "--threads": "3",
     "--optimize": "memory",
+    "--image-size": "512",
 }
 
 
@@ -74,7 +75,7 @@ def parse(*arguments: str) -> tuple[str, Wishes, bool]:
 def test_flags_become_wishes_and_what_is_not_said_is_none() -> None:
     said = [word for pair in ALL.items() for word in pair]
     values = {flag[2:].replace("-", "_"): value for flag, value in ALL.items()}
-    assert parse("nano", *said, "--loud") == ("nano", Wishes(**{**values, "threads": 3}), True)  # type: ignore[arg-type]
+    assert parse("nano", *said, "--loud") == ("nano", Wishes(**{**values, "threads": 3, "image_size": 512}), True)  # type: ignore[arg-type]
     assert parse("nano") == ("nano", Wishes(), False)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from edgevlm.core.errors import ConfigError, InputError, UnsupportedError
 from edgevlm.export.calibration import calibration_pixels, pictures_in
 from edgevlm.export.encoder_int8 import quantize_static, refuse_dynamic, rounded_weight
-from edgevlm.export.half_graph import half_tensor, to_half
+from edgevlm.export.half_graph import CHUNK, half_tensor, to_half
 from edgevlm.export.ranges import Seen, best_range
 from edgevlm.models.checkpoint import load_model
 from edgevlm.processing.processor import Processor
@@ -98,6 +98,14 @@ def test_masks_keep_their_infinity() -> None:
     lowest = np.finfo(np.float32).min
     mask = half_tensor(ir.tensor(np.array([0.0, lowest, -np.inf], np.float32)))
     assert mask.numpy().tolist() == [0.0, -65504.0, -np.inf]
+
+
+def test_every_piece_of_a_large_weight_is_narrowed_and_looked_at() -> None:
+    weight = np.linspace(-2, 2, 2 * CHUNK + 5, dtype=np.float32).reshape(1, -1)
+    assert np.array_equal(half_tensor(ir.tensor(weight)).numpy(), weight.astype(np.float16))
+    weight[0, -1] = 7e4
+    with pytest.raises(UnsupportedError, match=r"holds 7e\+04"):
+        half_tensor(ir.tensor(weight))
 
 
 def test_inputs_stay_float32_unless_told() -> None:

@@ -37,9 +37,20 @@ def test_importance_is_the_mean_of_squares_and_products_of_what_comes_in(tiny: C
 def test_wide_inputs_are_counted_in_spans() -> None:
     moments, rows = SecondMoments(1100), torch.randn(7, 1100, generator=torch.Generator().manual_seed(0))
     moments.add(rows)
-    assert moments.total.shape == (2, 1024, 1024)
-    torch.testing.assert_close(moments.total[1, :76, :76], rows[:, 1024:].T @ rows[:, 1024:])
-    assert moments.total[1, 76:].abs().max() == 0
+    found = moments.mean() * 7
+    assert found.shape == (2, 1024, 1024)
+    torch.testing.assert_close(found[1, :76, :76], rows[:, 1024:].T @ rows[:, 1024:])
+    assert found[1, 76:].abs().max() == 0
+
+
+def test_rows_counted_at_once_or_one_by_one_are_the_same() -> None:
+    rows = torch.randn(300, 96, generator=torch.Generator().manual_seed(0))
+    at_once, singly = SecondMoments(96), SecondMoments(96)
+    at_once.add(rows)
+    for row in rows:
+        singly.add(row[None])
+    torch.testing.assert_close(singly.mean(), at_once.mean())
+    torch.testing.assert_close(at_once.mean()[0, :96, :96], rows.T @ rows / 300)
 
 
 def test_head_counts_the_last_row_alone(tiny: Checkpoint) -> None:
