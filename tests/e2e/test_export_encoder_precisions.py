@@ -103,9 +103,7 @@ def test_every_precision_takes_the_batch_that_was_asked_for(exported: tuple[Chec
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("precision", ALLOWED)
-def test_tiles_are_encoded_as_in_pytorch(
-    precision: str, runtime: str, exported: tuple[Checkpoint, Path, bool]
-) -> None:
+def test_tiles_are_encoded_as_in_pytorch(precision: str, runtime: str, exported: tuple[Checkpoint, Path, bool]) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino")
     checkpoint, bundle, _ = exported

@@ -168,9 +168,7 @@ def pair(
 
 
 @pytest.fixture(scope="module")
-def rounded_bundle(
-    tiny_tokenizer: WriteTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Checkpoint, Path]:
+def rounded_bundle(tiny_tokenizer: WriteTokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
     """A checkpoint of high resolution, and a bundle with its encoder in int8 and fp16."""
     folder = tmp_path_factory.mktemp("rounded")
     write(folder / "checkpoint", tiny_tokenizer, side=2, resolution_ratio=2)
@@ -221,9 +219,7 @@ def test_answers_of_pytorch_onnx_and_the_formulas_are_equal(pair: tuple[Checkpoi
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_a_rounded_encoder_leaves_the_fusion_float(
-    runtime: str, rounded_bundle: tuple[Checkpoint, Path]
-) -> None:
+def test_a_rounded_encoder_leaves_the_fusion_float(runtime: str, rounded_bundle: tuple[Checkpoint, Path]) -> None:
     """Five views joined row by row, one encoder in 8 and one in 16 bits: either runs in either runtime."""
     checkpoint, bundle = rounded_bundle
     if runtime == "openvino":
