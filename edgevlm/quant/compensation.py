@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from edgevlm.quant.search import Codes, Fit
 
 MAX_SPAN = 1024  # inputs
+AT_ONCE = 16  # columns whose errors reach the rest of their group together
 SPAN_STEP = 128  # the largest group, so that none lies in two spans
 DAMPING = 0.03  # of the mean second moment, added to each, so that U stays finite; 0.01 to 0.1 lose the same
 
@@ -61,14 +62,21 @@ def factored(moment: Tensor) -> Tensor:
 
 
 def _columns(group: Tensor, factor: Tensor, span: Codes, fit: Fit) -> tuple[Tensor, Tensor]:
-    """Codes [n, g] of a group's columns, which change as errors reach them, and the errors [n, g] for what follows."""
-    codes, errors = torch.empty_like(group), torch.empty_like(group)
-    for j in range(group.shape[1]):
-        column = group[:, j]
-        codes[:, j] = fit.codes(column[:, None, None], span)[:, 0, 0]
-        errors[:, j] = (column - fit.values(codes[:, j, None])[:, 0]) / factor[j, j]
-        group[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
-    return codes, errors
+    """Codes [n, g] of a group's columns, which change as errors reach them, and the errors [n, g] for what follows.
+
+    Errors go to the next few columns at once and to the others of the group a few columns at a time: the same sums, in
+    products of matrices.
+    """
+    columns = group.T.contiguous()  # a column's weights side by side
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    for start in range(0, len(columns), AT_ONCE):
+        end = min(start + AT_ONCE, len(columns))
+        for j in range(start, end):
+            codes[j] = fit.codes(columns[j, :, None, None], span)[:, 0, 0]
+            errors[j] = (columns[j] - fit.values(codes[j, :, None])[:, 0]) / factor[j, j]
+            columns[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j], alpha=-1)
+        columns[end:] -= factor[start:end, end:].T @ errors[start:end]
+    return codes.T, errors.T
 
 
 def _joined(fits: list[Fit]) -> Fit:
