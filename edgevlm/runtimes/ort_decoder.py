@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgevlm.runtimes.session import Float
 
 DTYPES: Mapping[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 CACHES: Mapping[str, Any] = {"shared": SharedCache, "grown": GrownCache}
+UNSHARED = 2  # references to an array that one variable alone holds: the variable, and getrefcount's argument
 OPTIONAL = ("position_ids", "use_cache_branch", "num_logits_to_keep")  # of other exporters' graphs
 
 
@@ -41,6 +43,7 @@ class OnnxDecoder:
         self._row = np.zeros((1, 1, manifest.decoder.hidden_size), np.float32)
         self._input_dtype = DTYPES.get(self._types["inputs_embeds"], np.float32)
         self._logits_shape = (1, 1, manifest.decoder.vocab_size)
+        self._last: NDArray[Any] | None = None  # the logits given out last
         self._all_logits, self._logits_dtype = _logits_of(graph)
         self._branches = (np.zeros(1, np.bool_), np.ones(1, np.bool_))
         self._one = np.array(1, np.int64)
@@ -106,9 +109,18 @@ class OnnxDecoder:
         return np.asarray(logits[0, -1], np.float32)
 
     def _room(self, num_rows: int) -> NDArray[Any]:
-        """Where the logits go: of the last row, or of all where the graph gives them all."""
+        """Where the logits go: of the last row, or of all where the graph gives them all.
+
+        The memory of the last ones serves again once nobody holds them: new memory of this size comes page by page from
+        the system, which for 150,000 logits costs some percent of a token's time.
+        """
         batch, _, vocabulary = self._logits_shape
-        return np.empty((batch, num_rows if self._all_logits else 1, vocabulary), self._logits_dtype)
+        shape = (batch, num_rows if self._all_logits else 1, vocabulary)
+        last, self._last = self._last, None
+        if last is None or last.shape != shape or sys.getrefcount(last) > UNSHARED:
+            last = np.empty(shape, self._logits_dtype)
+        self._last = last
+        return last
 
     def _bind_optional(self, binding: Any, start: int, end: int) -> None:
         if "position_ids" in self._types:
