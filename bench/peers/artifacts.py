@@ -13,7 +13,7 @@ from bench.peers.environments import OWN, ROOT, environment_variables, python_of
 
 MAX_CONTEXT = 1024
 CHECKPOINT, TEXT_MODEL, WORKLOAD = "fastvlm-0.5b", "qwen2-0.5b", "workload.json"
-BUNDLE = "edgevlm.bundle"
+BUNDLE, VERIFIED = "edgevlm.bundle", "verified.json"
 QUESTION_TOKENS, PREFILL_TOKENS, COLD_START_TOKENS = 32, 256, 64
 GENAI_OPTIONS = ("prune_lm_head=true", "fuse_mlp_gate_up=true", "block_size=128", "int4_block_size=128")
 
@@ -76,29 +76,34 @@ ARTIFACTS: tuple[Artifact, ...] = (
         environment=OWN,
         command=("-m", "bench.peers.makers.workload", f"{{{BUNDLE}}}", "{out}"),
     ),
+    Artifact(
+        name=VERIFIED,
+        environment=OWN,
+        command=("-m", "bench.peers.makers.verified", f"{{{BUNDLE}}}", "{out}"),
+    ),
 )
 
 
 def make(artifact: Artifact, folder: Path) -> Path:
-    """Run its command, its output kept beside it; what a failed command left is removed.
+    """Run its command, its words kept beside it; what it made takes the place of an older one once it is whole.
 
     A bundle of EdgeVLM whose gate says no is kept under its name all the same, since random weights have no meaning
     that a precision could lose; its ``verify.json`` says so, and so does the table.
     """
     weights = folder / "weights"
     weights.mkdir(parents=True, exist_ok=True)
-    out, log = weights / artifact.name, weights / f"{artifact.name}.log"
-    with log.open("w", encoding="utf-8") as said:
-        command = [str(python_of(artifact.environment, folder)), *_filled(artifact.command, weights, out)]
-        ran = subprocess.run(
-            command, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, env=environment_variables(folder)
-        )
-    failed = out.with_name(f"{out.name}.failed")
-    if ran.returncode and failed.is_dir():
-        failed.rename(out)
-    elif ran.returncode:
-        shutil.rmtree(out, ignore_errors=True)
-        raise SystemExit(f"{artifact.name}: its maker failed with {ran.returncode}; it said: {log}")
+    out, partial = weights / artifact.name, weights / f"{artifact.name}.partial"
+    failed, cache = partial.with_name(f"{partial.name}.failed"), partial.with_name(f"{partial.name}.cache")
+    _remove(partial, failed, cache)  # of a run that was killed
+    try:
+        code, log = _run(artifact, folder, partial), weights / f"{artifact.name}.log"
+        made = failed if code and failed.exists() else partial
+        if (code and made is partial) or not made.exists():
+            raise SystemExit(f"{artifact.name}: its maker failed with {code}; it said: {log}")
+        _remove(out)
+        made.rename(out)
+    finally:
+        _remove(partial, failed, cache)
     return out
 
 
@@ -112,6 +117,24 @@ def read_workload(folder: Path) -> Mapping[str, object]:
     text = (folder / "weights" / WORKLOAD).read_text(encoding="utf-8")
     read: Mapping[str, object] = json.loads(text)
     return read
+
+
+def _run(artifact: Artifact, folder: Path, out: Path) -> int:
+    """The exit status of its command; what it said is beside the files."""
+    weights = folder / "weights"
+    with (weights / f"{artifact.name}.log").open("w", encoding="utf-8") as said:
+        command = [str(python_of(artifact.environment, folder)), *_filled(artifact.command, weights, out)]
+        environment = environment_variables(folder)
+        return subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, env=environment).returncode
+
+
+def _remove(*paths: Path) -> None:
+    """Files and folders; those that are not there are no fault."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _filled(command: Sequence[str], weights: Path, out: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,24 @@ def chosen(manifest: Manifest, part: str, precision: str | None) -> PartFile:
     raise SystemExit(f"no {part} in {precision}; the bundle has {', '.join(one.precision for one in files)}")
 
 
-def accounted_bytes(manifest: Manifest, precision: str) -> dict[str, int]:
-    """The files of the parts that are opened, and the kv cache: what memory must at least hold."""
-    parts = {part.part: part for part in reversed(manifest.parts)}  # the first of each kind is the default
-    parts[DECODER] = chosen(manifest, DECODER, precision)
-    files = {name for part in parts.values() for name in part.files}
+def accounted_bytes(manifest: Manifest, precisions: Mapping[str, str]) -> dict[str, int]:
+    """The files of the parts that were opened, and the kv cache: what memory must at least hold.
+
+    ``precisions``: of every opened part, as ``info["precisions"]`` says it.  A part with a table of rows is apart, as
+    ``mapped_bytes``: its file is mapped, and only the rows that were asked for are read.
+    """
+    opened = [chosen(manifest, part, precision) for part, precision in precisions.items()]
+    mapped = {name for part in opened if part.table for name in part.files}
+    loaded = {name for part in opened if not part.table for name in part.files}
     shape = manifest.decoder
     numbers = 2 * shape.num_layers * shape.num_key_value_heads * manifest.max_context * shape.head_size
-    weights = sum(manifest.file_bytes.get(name, 0) for name in files)
-    return {"weights_bytes": weights, "cache_bytes": numbers * CACHE_NUMBER_BYTES}
+    return {
+        "weights_bytes": sum(manifest.file_bytes.get(name, 0) for name in loaded),
+        "mapped_bytes": sum(manifest.file_bytes.get(name, 0) for name in mapped),
+        "cache_bytes": numbers * CACHE_NUMBER_BYTES,
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells one bundle from another that was made in its place: the hash of its list of hashes."""
+    return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()

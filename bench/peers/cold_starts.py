@@ -52,7 +52,7 @@ def run_cold_starts(folder: Path, plan: Plan, precision: str, say: Say) -> ColdS
             _add(found.from_disk, start(folder, arguments))
         watched = start(folder, {**arguments, "watch_memory": True})
         found.memory = {**watched["memory"], "peak_pss_bytes": watched["peak_pss_bytes"]}
-        found.memory |= accounted_bytes(manifest, precision)
+        found.memory |= accounted_bytes(manifest, watched["precisions"])
     except SystemExit as error:
         found.left_out = str(error)
     except subprocess.CalledProcessError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -47,8 +46,6 @@ def _weights(options: argparse.Namespace) -> None:
             print(f"{path}: there")
             continue
         _say(f"making {artifact.name}")
-        if path.is_dir() and artifact.command[:2] != ("-m", "edgevlm"):
-            shutil.rmtree(path)
         print(artifacts.make(artifact, options.folder))
 
 

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any
@@ -76,7 +77,8 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
-            self._stream(stream).close()
+            with suppress(BrokenPipeError):  # a request that a lost worker did not read
+                self._stream(stream).close()
 
     def _read(self, seconds: float) -> dict[str, Any]:
         stream, until = self._stream(self._process.stdout), monotonic() + seconds

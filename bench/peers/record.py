@@ -9,13 +9,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bench.peers.artifacts import VERIFIED
+from bench.peers.bundles import fingerprint
 from bench.peers.cold_starts import ColdStarts
 from bench.peers.rounds import Plan, Section, Series
 from edgevlm.bench import machine
 from edgevlm.core.config import to_json
 from edgevlm.core.files import write_text
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass
@@ -48,13 +50,22 @@ def begin(plan: Plan, workload: Mapping[str, Any], gate: Mapping[str, Any]) -> R
 
 
 def read_gate(bundle: Path) -> dict[str, Any]:
-    """Whether the bundle that was timed passed its gate; None where it says nothing."""
-    file = bundle / "verify.json"
+    """Whether the bundle that was timed passed its gate (None where it says nothing), and every engine's verdict."""
+    file, verdicts = bundle / "verify.json", _read_verdicts(bundle)
     if not file.is_file():
-        return {"passed": None}
+        return {"passed": None, "verdicts": verdicts}
     verification = json.loads(file.read_text(encoding="utf-8"))
     variants = [bool(one.get("passed")) for one in verification.get("variants", ())]
-    return {"passed": bool(verification.get("passed")), "variants_passed": variants}
+    return {"passed": bool(verification.get("passed")), "variants_passed": variants, "verdicts": verdicts}
+
+
+def _read_verdicts(bundle: Path) -> dict[str, str]:
+    """What ``makers/verified.py`` found, by engine; empty where it judged no bundle or another one."""
+    file = bundle.with_name(VERIFIED)
+    if not file.is_file() or not bundle.is_dir():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return dict(found["verdicts"]) if found["bundle"] == fingerprint(bundle) else {}
 
 
 def write_record(record: Record, file: Path) -> None:

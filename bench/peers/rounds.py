@@ -103,8 +103,12 @@ def _load(
     engines: Sequence[Engine], folder: Path, plan: Plan, found: Section, stack: ExitStack, say: Say
 ) -> dict[Any, Worker]:
     workers: dict[Any, Worker] = {}
+    lost: dict[Any, str] = {}
     for engine in (*engines, CEILINGS):
         if reason := engine.lacks(folder):
+            found.left_out[engine.name] = reason
+            continue
+        if reason := lost.get(engine.process):
             found.left_out[engine.name] = reason
             continue
         say(f"loading {engine.name}")
@@ -113,7 +117,7 @@ def _load(
                 workers[engine.process] = worker = Worker(engine, folder, plan.threads)
                 stack.callback(worker.close)
         except WorkerLostError as error:
-            found.left_out[engine.name] = str(error)
+            lost[engine.process] = found.left_out[engine.name] = str(error)
             say(f"left out: {error}")
             continue
         found.series[engine.name] = Series(engine.section, workers[engine.process].about)
@@ -136,13 +140,20 @@ def _round(
         try:
             answer = workers[engine.process].ask(asked)
         except WorkerLostError as error:
-            found.left_out[engine.name] = str(error)
-            found.series.pop(engine.name, None)
+            workers[engine.process].close()
+            _leave_out([one for one in engines if one.process == engine.process], str(error), found)
             say(f"left out: {error}")
             continue
         if section is not None:
             names = CEILING_FIGURES if engine is CEILINGS else FIGURES[section]
             found.series[engine.name].add(answer, names)
+
+
+def _leave_out(engines: Sequence[Engine], reason: str, found: Section) -> None:
+    """Those that shared a lost process, with what was measured of them until then."""
+    for engine in engines:
+        found.left_out[engine.name] = reason
+        found.series.pop(engine.name, None)
 
 
 def _requests(section: str, folder: Path, plan: Plan) -> Iterator[dict[str, Any]]:

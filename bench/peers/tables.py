@@ -26,14 +26,17 @@ SHORT_NAMES = {
 class Claim:
     """``ours`` is at least ``times`` as fast as ``theirs`` in ``figure`` (milliseconds, less is better).
 
-    Where several names are given, the fastest of them counts.
+    Where several names are given, the fastest of them counts; of ours, the fastest that passed the gate.  ``per_byte``
+    compares the bytes of weights read per second instead: what a kernel makes of memory, whatever its format weighs.
+    Without ``times`` nothing is claimed.
     """
 
     section: str
     figure: str
     ours: tuple[str, ...]
-    theirs: str
-    times: float
+    theirs: tuple[str, ...]
+    times: float | None = None
+    per_byte: bool = False
 
 
 ENCODERS = tuple(
@@ -46,17 +49,19 @@ WHOLE = (
     "edgevlm int8-dynamic, encoder OpenVINO int8",
     "edgevlm int4, encoder OpenVINO bf16",
 )
+OPENVINO_INT4 = ("OpenVINO int4 g32", "OpenVINO GenAI int4 g32")
+GENAI_INT4 = ("onnxruntime-genai int4", "onnxruntime-genai int4, Generator")
 CLAIMS: tuple[Claim, ...] = (
-    Claim(section="text", figure="step_ms", ours=(INT4,), theirs="llama.cpp Q4_0", times=1.4),
-    Claim(section="text", figure="step_ms", ours=(INT4,), theirs="llama.cpp Q4_K_M", times=1.9),
-    Claim(section="text", figure="step_ms", ours=(INT4,), theirs="OpenVINO int4", times=1.5),
-    Claim(section="text", figure="step_ms", ours=(INT4,), theirs="OpenVINO GenAI int4", times=1.5),
-    Claim(section="text", figure="step_ms", ours=(INT4,), theirs="onnxruntime-genai int4", times=0.95),
-    Claim(section="text", figure="prefill_ms", ours=(DYNAMIC,), theirs="OpenVINO int8", times=1.5),
-    Claim(section="text", figure="prefill_ms", ours=(DYNAMIC,), theirs="llama.cpp Q8_0", times=3.5),
-    Claim(section="encoder", figure="encode_ms", ours=ENCODERS, theirs="edgevlm ONNX Runtime fp32", times=1.6),
-    Claim(section="whole", figure="ttft_user_ms", ours=WHOLE, theirs="transformers eager fp32", times=4.0),
-    Claim(section="whole", figure="ttft_user_ms", ours=WHOLE, theirs="transformers eager bf16", times=1.8),
+    Claim(section="text", figure="step_ms", ours=(INT4,), theirs=("llama.cpp Q4_0",), times=1.4),
+    Claim(section="text", figure="step_ms", ours=(INT4,), theirs=("llama.cpp Q4_0",), per_byte=True),
+    Claim(section="text", figure="step_ms", ours=(INT4,), theirs=("llama.cpp Q4_K_M",), times=1.9),
+    Claim(section="text", figure="step_ms", ours=(INT4,), theirs=OPENVINO_INT4, times=1.5),
+    Claim(section="text", figure="step_ms", ours=(INT4,), theirs=GENAI_INT4, times=0.95),
+    Claim(section="text", figure="prefill_ms", ours=(DYNAMIC,), theirs=("OpenVINO int8",), times=1.5),
+    Claim(section="text", figure="prefill_ms", ours=(DYNAMIC,), theirs=("llama.cpp Q8_0",), times=3.5),
+    Claim(section="encoder", figure="encode_ms", ours=ENCODERS, theirs=("edgevlm ONNX Runtime fp32",), times=1.6),
+    Claim(section="whole", figure="ttft_user_ms", ours=WHOLE, theirs=("transformers eager fp32",), times=4.0),
+    Claim(section="whole", figure="ttft_user_ms", ours=WHOLE, theirs=("transformers eager bf16",), times=1.8),
 )
 
 
@@ -88,20 +93,40 @@ def _ratio_row(record: Record, claim: Claim) -> tuple[str, ...] | None:
     found = ratio_of(record, claim)
     if found is None:
         return None
-    name, ratio = found
-    figure = claim.figure.removesuffix("_ms").replace("step", "decode")
-    return (name, figure, claim.theirs, f"{claim.times:g}", f"{ratio.value:.2f}{_bounds(ratio.low, ratio.high)}")
+    ours, theirs, ratio = found
+    figure = claim.figure.removesuffix("_ms").replace("step", "decode") + (", bytes/s" if claim.per_byte else "")
+    wanted = "-" if claim.times is None else f"{claim.times:g}"
+    return (ours, figure, theirs, wanted, f"{ratio.value:.2f}{_bounds(ratio.low, ratio.high)}")
 
 
-def ratio_of(record: Record, claim: Claim) -> tuple[str, Ratio] | None:
-    """The engine of ours that counts, and how many times as fast as theirs it was; None where one did not run."""
-    figures = {name: one.figures.get(claim.figure, []) for name, one in _series(record, claim.section).items()}
-    ours = {name: figures[name] for name in claim.ours if figures.get(name)}
-    theirs = figures.get(claim.theirs)
-    if not ours or not theirs:
+def ratio_of(record: Record, claim: Claim) -> tuple[str, str, Ratio] | None:
+    """The engine of ours that counts, the one of theirs, and how many times as fast ours was; None without either."""
+    series = _series(record, claim.section)
+    verified = [name for name in claim.ours if verdict_of(record, name) == ""]
+    ours, theirs = _fastest(series, verified, claim.figure), _fastest(series, claim.theirs, claim.figure)
+    if ours is None or theirs is None:
         return None
-    fastest = min(ours, key=lambda name: median(ours[name]))
-    return fastest, ratio_of_medians(theirs, ours[fastest])
+    ratio = ratio_of_medians(series[theirs].figures[claim.figure], series[ours].figures[claim.figure])
+    if not claim.per_byte:
+        return ours, theirs, ratio
+    ours_bytes, theirs_bytes = (series[name].about.get("read_bytes") for name in (ours, theirs))
+    return (ours, theirs, _times(ratio, ours_bytes / theirs_bytes)) if ours_bytes and theirs_bytes else None
+
+
+def verdict_of(record: Record, name: str) -> str:
+    """Empty where the gate passed an engine of ours as it was timed, else why it counts for no ratio."""
+    verdicts: Mapping[str, str] = record.gate.get("verdicts", {})
+    return verdicts.get(name, "not verified on this bundle (compare.py weights --only verified.json)")
+
+
+def _fastest(series: Mapping[str, Series], names: Sequence[str], figure: str) -> str | None:
+    ran = [name for name in names if name in series and series[name].figures.get(figure)]
+    return min(ran, key=lambda name: median(series[name].figures[figure]), default=None)
+
+
+def _times(ratio: Ratio, factor: float) -> Ratio:
+    low, high = (None if bound is None else bound * factor for bound in (ratio.low, ratio.high))
+    return Ratio(value=ratio.value * factor, low=low, high=high)
 
 
 def _text(record: Record) -> str:
@@ -117,11 +142,12 @@ def _text(record: Record) -> str:
                 _rate(prefills, PREFILL_TOKENS),
                 _rate(steps, 1),
                 _megabytes(one.about.get("read_bytes")),
+                _gigabytes_per_s(one.about.get("read_bytes"), median(steps)),
                 _share(one.about.get("read_bytes"), median(steps), read),
             )
         )
     header = (f"prefill of {PREFILL_TOKENS} and decode after it", "prefill tokens/s", "decode tokens/s")
-    return _table((*header, "MB read per token", "share of bandwidth"), rows)
+    return _table((*header, "MB read per token", "GB/s", "share of bandwidth"), rows)
 
 
 def _whole(record: Record) -> str:
@@ -131,13 +157,15 @@ def _whole(record: Record) -> str:
             continue
         tpot, engine = one.figures["tpot_ms"], one.figures.get("engine_tpot_ms")
         above = f"{100 * (1 - median(engine) / median(tpot)):.1f} %" if engine else "-"
-        rows.append((name, _ms(one.figures["ttft_user_ms"]), _ms(tpot), above))
+        read = one.about.get("read_bytes")
+        speed = _gigabytes_per_s(read, median(tpot))
+        rows.append((name, _ms(one.figures["ttft_user_ms"]), _ms(tpot), _megabytes(read), speed, above))
     asked = record.workload
     header = (
         f"picture, question of {asked.get('question_tokens', '?')} tokens, "
         f"{record.plan.num_new_tokens} new ones (prompt {asked.get('num_prompt_tokens', '?')})"
     )
-    return _table((header, "TTFT user, ms", "TPOT, ms", "Python above the engine"), rows)
+    return _table((header, "TTFT user, ms", "TPOT, ms", "MB read per token", "GB/s", "Python above the engine"), rows)
 
 
 def _encoder(record: Record) -> str:
@@ -160,13 +188,14 @@ def _cold_starts(record: Record) -> str:
 
 
 def _memory(memory: Mapping[str, int]) -> str:
-    """The peak, and how much of it is neither weights nor cache."""
+    """The peak, and how much of it is neither weights nor cache; mapped rows are in no memory until they are read."""
     peak, known = memory["peak_pss_bytes"], memory["weights_bytes"] + memory["cache_bytes"]
     return (
         f"Peak memory {peak / 2**20:.0f} MiB PSS (VmHWM {memory.get('vmhwm_bytes', 0) / 2**20:.0f} MiB; at the end "
         f"{memory.get('pss_anon_bytes', 0) / 2**20:.0f} MiB of its own, {memory.get('pss_file_bytes', 0) / 2**20:.0f} "
         f"MiB mapped files): weights {memory['weights_bytes'] / 2**20:.0f} + cache "
-        f"{memory['cache_bytes'] / 2**20:.0f} + {(peak - known) / 2**20:.0f} MiB."
+        f"{memory['cache_bytes'] / 2**20:.0f} + {(peak - known) / 2**20:.0f} MiB.  The embedding's file "
+        f"({memory['mapped_bytes'] / 2**20:.0f} MiB) is mapped, not loaded, and not counted as weights."
     )
 
 
@@ -181,12 +210,21 @@ def _ceilings(record: Record) -> str:
 
 def _notes(record: Record) -> str:
     left_out = [f"- not measured: {name}: {why}" for name, why in _left_out(record)]
-    gate = record.gate.get("passed")
-    if gate is not True:
+    left_out += [f"- counts for no ratio: {name}: {why}" for name, why in _unverified(record)]
+    if not (record.gate.get("passed") and all(record.gate.get("variants_passed", ()))):
         left_out.append("- EdgeVLM's bundle did not pass its gate: random weights only show an order of precisions")
     if record.other_load and record.other_load > 0.05:
         left_out.append(f"- other programs used {100 * record.other_load:.0f} % of the processors")
     return "\n".join(left_out)
+
+
+def _unverified(record: Record) -> Iterator[tuple[str, str]]:
+    """Engines of ours that were measured, would count, and did not pass the gate."""
+    for name in dict.fromkeys(
+        name for claim in CLAIMS for name in claim.ours if name in _series(record, claim.section)
+    ):
+        if why := verdict_of(record, name):
+            yield name, why
 
 
 def _left_out(record: Record) -> Iterator[tuple[str, str]]:
@@ -220,6 +258,11 @@ def _share(read_bytes: int | None, step_ms: float, gb_per_s: float | None) -> st
 
 def _megabytes(num_bytes: int | None) -> str:
     return f"{num_bytes / 1e6:.0f}" if num_bytes else "-"
+
+
+def _gigabytes_per_s(num_bytes: int | None, step_ms: float) -> str:
+    """Weights read per second of decoding: tokens/s times the bytes of one."""
+    return f"{num_bytes / 1e6 / step_ms:.1f}" if num_bytes else "-"
 
 
 def _rate(times_ms: list[float], num_tokens: int) -> str:

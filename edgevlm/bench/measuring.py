@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from edgevlm.bench import machine
 from edgevlm.bench.measurement import (
@@ -32,13 +35,14 @@ from edgevlm.bench.workload import (
     scene_pictures,
     warm_up,
 )
+from edgevlm.bundle.manifest import PartFile
 from edgevlm.bundle.read import read_bundle
 from edgevlm.core.errors import BenchmarkError, UsageError
 from edgevlm.processing.images import ImageSource
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.verify import golden_answers_match
 
-KV_CACHE_BYTES_PER_NUMBER = 4  # float32, the only kind of cache that a runtime here keeps
+BFLOAT16_BYTES = 2  # of a number in the cache of an engine that computes in bfloat16, whatever the file says
 
 Check = Callable[[RuntimeVlm], "str | None"]  # the complaint about a wrong golden answer, None when it is right
 
@@ -181,7 +185,7 @@ def _memory(vlm: RuntimeVlm, ask: Callable[[], object]) -> Memory:
     """The peak during one more answer, which is not timed."""
     with watch_peak() as peak:
         ask()
-    weights, cache = _accounted_bytes(vlm.info.get("bundle"))
+    weights, cache = accounted_bytes(vlm.info)
     return Memory(
         kind=peak.kind,
         peak_bytes=peak.peak_bytes,
@@ -191,13 +195,25 @@ def _memory(vlm: RuntimeVlm, ask: Callable[[], object]) -> Memory:
     )
 
 
-def _accounted_bytes(folder: str | None) -> tuple[int | None, int | None]:
-    """Bytes of the part files that are in use and of the kv cache, as the manifest has them."""
-    if folder is None:
+def accounted_bytes(info: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Bytes of the files that were opened and of a full kv cache, by the manifest; ``info`` is that of the model."""
+    if info.get("bundle") is None:
         return None, None
-    manifest = read_bundle(Path(folder), check=False).manifest
-    parts = dict.fromkeys(part.part for part in manifest.parts)
-    files = {name for part in parts for name in manifest.part(part).files}
-    shape = manifest.decoder
+    manifest = read_bundle(Path(info["bundle"]), check=False).manifest
+    parts = {name: manifest.part(name, precision=precision) for name, precision in info["precisions"].items()}
+    files = {name for part in parts.values() for name in _opened_files(part)}
+    shape, number = manifest.decoder, _cache_number_bytes(parts["decoder_model_merged"], info)
     numbers = 2 * shape.num_layers * shape.num_key_value_heads * manifest.max_context * shape.head_size
-    return sum(manifest.file_bytes.get(name, 0) for name in files), numbers * KV_CACHE_BYTES_PER_NUMBER
+    return sum(manifest.file_bytes.get(name, 0) for name in files), numbers * number
+
+
+def _opened_files(part: PartFile) -> tuple[str, ...]:
+    """Rows that lie in a file of their own are looked up there, without the graph."""
+    return part.files if part.table is None else (part.table.file,)
+
+
+def _cache_number_bytes(decoder: PartFile, info: Mapping[str, Any]) -> int:
+    if info.get("computes_in") == "bf16":
+        return BFLOAT16_BYTES
+    kinds = {tensor.dtype for tensor in decoder.inputs if tensor.name.startswith("past_key_values.")}
+    return max(np.dtype(kind).itemsize for kind in kinds or {"float32"})

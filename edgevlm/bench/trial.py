@@ -1,36 +1,41 @@
-"""One trial: a bundle opened as wished, in a process of its own, judged, timed and weighed.
+"""One trial: a bundle opened in one way, in a process of its own, and judged, or timed and weighed.
 
 A process of its own, because what one library allocated or kept spinning would be counted against the next one, and
-because a back end that crashes must not take the others' results with it.  ``python -m edgevlm.bench.trial`` reads a
-``Task`` from standard input and writes a ``Trial`` to standard output.
+because a back end that crashes must not take the others' results with it.  It reads a ``Task`` from standard input
+and writes a ``Trial`` to standard output.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from statistics import median
 
 from edgevlm.bench.measurement import Workload
 from edgevlm.bench.memory import watch_peak
 from edgevlm.bench.workload import PROMPT, ask_once, scene_pictures
+from edgevlm.bundle.read import read_bundle
 from edgevlm.core.config import from_mapping, to_json
 from edgevlm.core.errors import EdgeVLMError
-from edgevlm.runtimes.choices import Wishes
-from edgevlm.runtimes.open import open_as_wished
+from edgevlm.runtimes.choices import Choices
+from edgevlm.runtimes.open import open_chosen
 
 NUM_WARM_UP = 2
+TIMEOUT_S = 2 * 3600  # the gate's questions, on a slow board, with a large model: what takes longer has hung
+MAIN = "from edgevlm.bench.trial import main; main()"
 WORK = "scene generator, a new picture each time"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Try the bundle at ``folder`` with these ``wishes``; ``judge``: it must pass the gate first."""
+    """Try the bundle at ``folder`` with these ``choices``; ``judge``: ask only whether it passes the gate."""
 
     folder: str
-    wishes: Wishes
+    choices: Choices
     judge: bool
     repetitions: int
     max_tokens: int
@@ -40,7 +45,7 @@ class Task:
 class Trial:
     """Medians in milliseconds (``decode_ms``: of one token) and the peak memory of the process in bytes.
 
-    ``complaint``: why nothing was measured, None where it was.
+    ``complaint``: why there is nothing to count, None where all went well.  One that was only judged has no figures.
     """
 
     vision_ms: float = 0.0
@@ -52,28 +57,45 @@ class Trial:
 
 def try_out(task: Task) -> Trial:
     """Run ``task`` in a process of its own; a failure of any kind becomes the trial's complaint."""
-    command = [sys.executable, "-m", "edgevlm.bench.trial"]
-    done = subprocess.run(command, input=to_json(task), capture_output=True, text=True, check=False)
+    # It imports from where this process does, so that no file of the current folder stands in for a module.
+    command = [sys.executable, "-X", "utf8", "-c", f"import sys; sys.path[:] = {sys.path!r}; {MAIN}"]
+    try:
+        done = subprocess.run(
+            command, input=to_json(task), capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return Trial(complaint=f"no result within {TIMEOUT_S // 3600} hours")
+    except OSError as error:
+        return Trial(complaint=f"no process could be started: {error.strerror or error}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        return Trial(complaint=f"the process ended with {done.returncode}: {last}")
-    return from_mapping(Trial, json.loads(done.stdout), strict=True, where="trial")
+        return Trial(complaint=f"the process {_ending(done.returncode)}: {last}")
+    try:
+        return from_mapping(Trial, json.loads(done.stdout), strict=True, where="trial")
+    except (ValueError, EdgeVLMError) as error:
+        return Trial(complaint=f"the process gave no result that can be read ({error})")
 
 
 def run(task: Task) -> Trial:
-    """Judge, time and weigh in this process."""
+    """Judge, or time and weigh, in this process."""
     try:
-        complaint = _complaint(task) if task.judge else None
-        return Trial(complaint=complaint) if complaint else _measured(task)
+        return Trial(complaint=_complaint(task)) if task.judge else _measured(task)
     except EdgeVLMError as error:
         return Trial(complaint=str(error))
 
 
+def _ending(code: int) -> str:
+    """``was ended by SIGKILL``, which is also how Linux frees memory."""
+    if code > 0:
+        return f"ended with {code}"
+    return f"was ended by {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
+
+
 def _complaint(task: Task) -> str | None:
     """The gate's complaint, None when it passes."""
-    from edgevlm.verify import verify_bundle
+    from edgevlm.verify import verify_chosen
 
-    broken = verify_bundle(task.folder, task.wishes, check=False).broken
+    broken = verify_chosen(read_bundle(task.folder, check=False), task.choices).broken
     return None if broken is None else f"the gate: {broken.stage}: {broken.complaint}"
 
 
@@ -81,23 +103,25 @@ def _measured(task: Task) -> Trial:
     work = Workload(
         prompt=PROMPT, images=WORK, num_distinct_images=0, image_cache=False, num_new_tokens=task.max_tokens
     )
-    with watch_peak() as peak, open_as_wished(task.folder, task.wishes, check=False) as vlm:
+    with watch_peak() as opening:
+        vlm = open_chosen(read_bundle(task.folder, check=False), task.choices)
+    with vlm:
         image = vlm.processor.image_spec
         pictures = scene_pictures(max(image.height, image.width))
         answers = [ask_once(vlm, work, next(pictures)) for _ in range(NUM_WARM_UP + task.repetitions)][NUM_WARM_UP:]
+        with watch_peak() as answering:  # one more, since who watches takes time from who answers
+            ask_once(vlm, work, next(pictures))
     return Trial(
         vision_ms=median(one.stages_ms["vision"] + one.stages_ms["fuse"] for one in answers),
         prefill_ms=median(one.stages_ms["prefill"] for one in answers),
         decode_ms=median(one.stages_ms["decode"] / max(1, one.num_new_tokens - 1) for one in answers),
-        peak_bytes=peak.peak_bytes,
+        peak_bytes=max(opening.peak_bytes, answering.peak_bytes),
     )
 
 
 def main() -> None:
     """Read the task, answer with the trial."""
     task = from_mapping(Task, json.loads(sys.stdin.read()), strict=True, where="task")
-    sys.stdout.write(to_json(run(task)))
-
-
-if __name__ == "__main__":
-    main()
+    with redirect_stdout(sys.stderr):  # whatever a library prints
+        found = run(task)
+    sys.stdout.write(to_json(found))

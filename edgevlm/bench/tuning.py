@@ -1,7 +1,7 @@
 """The best back end, precision and thread count for each half of a bundle on this machine, found by trying them.
 
-Only what passes the parity gate here is taken.  Every candidate is tried in a process of its own, all of them once
-per round, so that a machine that slows down meanwhile slows all of them; the median over the rounds counts.
+Only what passes the parity gate here is taken.  Every candidate is judged, then timed, in processes of its own, all of
+them once per round, so that a machine that slows down meanwhile slows all of them; the median over the rounds counts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from edgevlm.core.config import to_plain
 from edgevlm.core.errors import BenchmarkError, DeviceError, MissingLibraryError, UnsupportedError, UsageError
 from edgevlm.core.hardware import compute_cores
 from edgevlm.core.registry import unknown_name
-from edgevlm.runtimes.choices import DEFAULT_RUNTIME, GOALS, Choices, PartChoice, Wishes
+from edgevlm.runtimes.choices import GOALS, Choices, PartChoice
 from edgevlm.runtimes.open import RUNTIMES
-from edgevlm.runtimes.tuned import TunedMachine, machine_key, write_tune
+from edgevlm.runtimes.tuned import TunedMachine, machine_key, surroundings, write_tune
 from edgevlm.shipped import find_bundle
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,13 @@ def tune_bundle(
         raise UsageError("rounds and repetitions must be 1 or more, max_tokens 2 or more")
     bundle = read_bundle(find_bundle(str(path)), check=check)
     names = _installed(list(RUNTIMES) if runtimes is None else runtimes, required=runtimes is not None)
-    task = Task(folder=str(bundle.root), wishes=Wishes(), judge=True, repetitions=repetitions, max_tokens=max_tokens)
+    task = Task(folder=str(bundle.root), choices=Choices(), judge=True, repetitions=repetitions, max_tokens=max_tokens)
     plan = _Plan(manifest=bundle.manifest, task=task, rounds=rounds, report=report)
     tried: list[Tried] = []
     for half in HALVES:
         first = plan.run(half, list(candidates(bundle.manifest, half, names)))
+        if all(one.trial.complaint is not None for one in first):
+            raise _nothing_passed(first, str(bundle.root))
         fewer = [replace(best, threads=count) for best in _winners(first) for count in _fewer_threads()]
         tried += [*first, *plan.run(half, fewer)]
     choices = {goal: plan.together(tried, goal) for goal in GOALS}
@@ -91,6 +93,7 @@ def save(path: str | Path, tuning: Tuning) -> Path:
     """Write ``tuning`` for this machine to the bundle's tune.json; what it says of other machines stays."""
     bundle = read_bundle(find_bundle(str(path)), check=False)
     tuned = TunedMachine(
+        holds_for=surroundings(bundle.root),
         machine={**device(), **versions()},
         goal=tuning.goal,
         choices=dict(tuning.choices),
@@ -109,13 +112,21 @@ def candidates(manifest: Manifest, half: str, runtimes: Sequence[str]) -> Iterat
 
 
 def best_choice(tried: Sequence[Tried], half: str, goal: str) -> PartChoice:
-    """The candidate for ``half`` that serves ``goal`` best; of several as good as each other the first one tried."""
+    """The candidate for ``half`` that serves ``goal`` best; of several as good as each other the first one tried.
+
+    One at least must have passed.
+    """
     passed = [one for one in tried if one.half == half and one.trial.complaint is None]
-    if not passed:
-        complaints = "; ".join(f"{one.choice.runtime} {one.choice.precision}: {one.trial.complaint}" for one in tried)
-        raise BenchmarkError(f"nothing that runs the {half} here passes the gate ({complaints})")
     least = min(cost(one, goal) for one in passed)
     return next(one.choice for one in passed if cost(one, goal) <= least * CLOSE)
+
+
+def _nothing_passed(tried: Sequence[Tried], bundle: str) -> BenchmarkError:
+    complaints = "; ".join(f"{one.choice.runtime} {one.choice.precision}: {one.trial.complaint}" for one in tried)
+    return BenchmarkError(
+        f"{bundle}: nothing that is installed here runs the {tried[0].half} and passes the gate, so there is nothing "
+        f"to choose ({complaints}): `edgevlm verify` shows every stage"
+    )
 
 
 def cost(one: Tried, goal: str) -> float:
@@ -152,29 +163,31 @@ class _Plan:
     agreed: list[Choices] = field(default_factory=list)  # pairs that passed the gate together
 
     def run(self, half: str, choices: Sequence[PartChoice]) -> list[Tried]:
-        """Every candidate tried once per round; one that was dropped is not tried again."""
+        """Every candidate judged, then timed once per round; one that was dropped is not tried again."""
         trials: dict[PartChoice, list[Trial]] = {choice: [] for choice in choices}
-        for number in range(self.rounds):
+        for number in range(self.rounds + 1):
+            step = f"round {number} of {self.rounds}" if number else "gate"
             for choice, done in trials.items():
                 if done and done[-1].complaint is not None:
                     continue
-                self.report(f"round {number + 1} of {self.rounds}: {half} on {described(choice)}")
-                wishes = wishes_for(half, choice, self.manifest)
-                done.append(try_out(replace(self.task, wishes=wishes, judge=number == 0)))
+                self.report(f"{step}: {half} on {described(choice)}")
+                task = replace(self.task, choices=choices_for(half, choice, self.manifest), judge=number == 0)
+                done.append(try_out(task))
         return [Tried(half=half, choice=choice, trial=_median(done)) for choice, done in trials.items()]
 
     def together(self, tried: Sequence[Tried], goal: str) -> Choices:
-        """The best choice of each half, if the gate passes them together too; else the default encoder's runtime."""
+        """The best of each half, if the gate passes them together; else that decoder with the default encoder."""
         best = Choices(**{half: best_choice(tried, half, goal) for half in HALVES})
-        if best in self.agreed:
+        judged = [choices_for(half, getattr(best, half), self.manifest) for half in HALVES]
+        if best in (*judged, *self.agreed):
             return best
         self.report(f"{goal}: encoder on {described(best.encoder)}, decoder on {described(best.decoder)}")
-        trial = try_out(replace(self.task, wishes=wishes_of(best), judge=True, repetitions=1))
+        trial = try_out(replace(self.task, choices=best, judge=True))
         if trial.complaint is None:
             self.agreed.append(best)
             return best
         logger.warning("%s: together they do not pass (%s), so the encoder keeps its default", goal, trial.complaint)
-        return replace(best, encoder=PartChoice())
+        return judged[-1]
 
 
 def described(choice: PartChoice) -> str:
@@ -182,48 +195,29 @@ def described(choice: PartChoice) -> str:
     return f"{choice.runtime} {choice.precision}, {choice.threads} threads"
 
 
-def wishes_for(half: str, choice: PartChoice, manifest: Manifest) -> Wishes:
+def choices_for(half: str, choice: PartChoice, manifest: Manifest) -> Choices:
     """``choice`` for one half, and for the other what runs where nothing was tuned, on as many threads."""
-    wishes = Wishes(
-        encoder_runtime=DEFAULT_RUNTIME,
-        decoder_runtime=DEFAULT_RUNTIME,
-        encoder_precision=manifest.part(HALVES["encoder"]).precision,
-        decoder_precision=manifest.part(HALVES["decoder"]).precision,
-        threads=choice.threads,
-    )
-    if half == "encoder":
-        return replace(wishes, encoder_runtime=choice.runtime, encoder_precision=choice.precision)
-    return replace(wishes, decoder_runtime=choice.runtime, decoder_precision=choice.precision)
-
-
-def wishes_of(choices: Choices) -> Wishes:
-    """Both halves as chosen, on the encoder's threads."""
-    return Wishes(
-        encoder_runtime=choices.encoder.runtime,
-        decoder_runtime=choices.decoder.runtime,
-        encoder_precision=choices.encoder.precision,
-        decoder_precision=choices.decoder.precision,
-        threads=choices.encoder.threads,
-    )
+    other = "decoder" if half == "encoder" else "encoder"
+    usual = PartChoice(precision=manifest.part(HALVES[other]).precision, threads=choice.threads)
+    return Choices(**{half: choice, other: usual})
 
 
 def _median(trials: Sequence[Trial]) -> Trial:
+    """Of those that were timed: the first was judged."""
     if trials[-1].complaint is not None:
         return trials[-1]
+    timed = trials[1:]
     return Trial(
-        vision_ms=median(one.vision_ms for one in trials),
-        prefill_ms=median(one.prefill_ms for one in trials),
-        decode_ms=median(one.decode_ms for one in trials),
-        peak_bytes=max(one.peak_bytes for one in trials),
+        vision_ms=median(one.vision_ms for one in timed),
+        prefill_ms=median(one.prefill_ms for one in timed),
+        decode_ms=median(one.decode_ms for one in timed),
+        peak_bytes=round(median(one.peak_bytes for one in timed)),
     )
 
 
 def _winners(tried: Sequence[Tried]) -> list[PartChoice]:
-    """The best candidates for any goal, once each; none where all were dropped."""
-    half = tried[0].half
-    if all(one.trial.complaint is not None for one in tried):
-        return []
-    return list(dict.fromkeys(best_choice(tried, half, goal) for goal in GOALS))
+    """The best candidates for any goal, once each."""
+    return list(dict.fromkeys(best_choice(tried, tried[0].half, goal) for goal in GOALS))
 
 
 def _fewer_threads() -> list[int]:

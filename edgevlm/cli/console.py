@@ -80,9 +80,12 @@ def progress(description: str, total: int | None = None) -> Iterator[Advance]:
 
 @contextmanager
 def steps(description: str, names: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """Progress over named steps: yields ``begin(name)``, to be called as each begins; some may be left out."""
+    """Progress over named steps: yields ``begin(name)``, to be called as each begins; some may be left out.
+
+    A name with a colon says how far its step is (``calibrate: 5 of 32``), and is shown now and then.
+    """
     with progress(description, len(names)) as advance:
-        done = 0
+        done, next_share = 0, 0.0
 
         def advance_to(position: int) -> None:
             nonlocal done
@@ -90,7 +93,13 @@ def steps(description: str, names: Sequence[str]) -> Iterator[Callable[[str], No
             done = position
 
         def begin(name: str) -> None:
-            advance_to(names.index(name))
+            nonlocal next_share
+            now, is_share = time.monotonic(), ": " in name
+            if is_share and now < next_share:
+                return
+            if not is_share:
+                advance_to(names.index(name))
+            next_share = now + PLAIN_EVERY_S
             say(f"  {name}")
 
         yield begin

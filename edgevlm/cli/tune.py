@@ -33,7 +33,11 @@ def command(
     like this one; what is asked for by name goes before it.
     """
     from edgevlm.bench.tuning import save, tune_bundle
+    from edgevlm.runtimes.tuned import require_writable
+    from edgevlm.shipped import find_bundle
 
+    if not dry_run:
+        require_writable(find_bundle(bundle))
     with console.progress(f"tune {bundle}") as advance:
 
         def report(step: str) -> None:

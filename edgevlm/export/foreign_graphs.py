@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgevlm.bundle.manifest import PARTS, PartFile, TensorSpec
-from edgevlm.bundle.paths import inside
+from edgevlm.bundle.paths import check_name, inside
 from edgevlm.core.errors import InputError, IntegrityError, UnsupportedError
 
 SUFFIXES: Mapping[str, str] = {
@@ -87,10 +87,20 @@ def copy_graph(graph: ForeignGraph, root: Path, image_side: int) -> PartFile:
     )
 
 
-def sizes_of(graph: ForeignGraph, name: str) -> tuple[int | str, ...]:
-    """The declared shape of the input or output ``name``; a free size is its own name."""
+def sizes_of(graph: ForeignGraph, name: str, num_axes: int) -> tuple[int | str, ...]:
+    """The declared shape of the input or output ``name``; a free size is its own name.
+
+    Raises UnsupportedError where it has no shape, or not so many axes.
+    """
     values = {value.name: value for value in (*graph.model.graph.inputs, *graph.model.graph.outputs)}
-    return _spec(values[name]).shape
+    shape = _spec(values[name]).shape
+    if len(shape) != num_axes:
+        found = f"{len(shape)} axes" if shape else "no shape"
+        raise UnsupportedError(
+            f"{graph.file}: {name} declares {found}, expected {num_axes} axes: export it again with shapes, or add "
+            "them with onnx.shape_inference"
+        )
+    return shape
 
 
 def num_layers(graph: ForeignGraph) -> int:
@@ -137,11 +147,11 @@ def _opened(part: str, file: Path, precision: str) -> ForeignGraph:
 
 
 def _copy(graph: ForeignGraph, target: Path) -> list[str]:
-    """Copy the file and its data; the names of the latter."""
+    """Copy the file and its data, from behind links if need be, as hubs' caches have them; the names of the latter."""
     shutil.copyfile(graph.file, target)
     names = sorted({str(tensor.location) for tensor in _tensors(graph.model) if isinstance(tensor, ir.ExternalTensor)})
     for name in names:
-        source, beside = inside(graph.file.parent, name), inside(target.parent, name)
+        source, beside = graph.file.parent / check_name(name), inside(target.parent, name)
         if not source.is_file():
             raise IntegrityError(f"{graph.file}: its data {name} is missing: copy the folder again")
         beside.parent.mkdir(parents=True, exist_ok=True)

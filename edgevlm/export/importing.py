@@ -25,6 +25,7 @@ from edgevlm.export.texts import copy_licence, write_folder_texts
 from edgevlm.families.detect import family_of
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.licence import read_licence
+from edgevlm.models.changes import Changes
 from edgevlm.processing.processor import Processor
 from edgevlm.runtimes.open import open_bundle
 from edgevlm.shapes.config import VlmConfig
@@ -63,10 +64,12 @@ def import_bundle(
     default the first that is there.  With ``model``, the checkpoint that they were made from, the gate compares them
     with PyTorch; without, it records what they compute now, and verify.json says so.
 
-    Raises InputError for a folder without the files, UnsupportedError for a family or layout that nobody has written,
-    IntegrityError for files that do not belong together, ParityError when they are not the ``model``.
+    Raises InputError for a folder without the files, UnsupportedError for a family or layout that nobody has written
+    and for a ``max_context`` beyond the model's, UsageError for one below 1, IntegrityError for files that do not
+    belong together, ParityError when they are not the ``model``.
     """
     found = _read(Path(folder), encoder, decoder)
+    Changes(max_context=max_context).of_config(found.config)  # refuses a context that the model does not have
     with atomic_directory(Path(out), overwrite=overwrite, marker=MANIFEST_FILE) as root:
         parts = tuple(copy_graph(graph, root, found.config.vision.image_size) for graph in found.graphs)
         write_folder_texts(found.folder, found.config, found.processor, root, parts)
@@ -129,7 +132,8 @@ def _decoder_shape(found: Foreign) -> DecoderShape:
     """
     graph = next(graph for graph in found.graphs if graph.part == "decoder_model_merged")
     config = found.config.decoder
-    cache, rows, logits = (sizes_of(graph, name) for name in ("past_key_values.0.key", "inputs_embeds", "logits"))
+    cache = sizes_of(graph, "past_key_values.0.key", 4)
+    rows, logits = (sizes_of(graph, name, 3) for name in ("inputs_embeds", "logits"))
     facts = (
         ("layers", num_layers(graph), config.num_hidden_layers),
         ("numbers a row", rows[-1], config.hidden_size),

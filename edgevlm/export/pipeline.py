@@ -56,7 +56,8 @@ def export_bundle(
     that follow from ``seed``.  The arguments from ``revision`` on are those of ``load_model``, which see; but of
     ``image_size`` there may be several, for which one encoder is written, and the first is what opens by default.
 
-    ``report`` is told each of ``steps`` as it begins.  Raises what ``load_model`` raises; ConfigError for a precision
+    ``report`` is told each of ``steps`` as it begins, and of long ones how far they are, behind a colon: ``calibrate: 5
+    of 32``.  Raises what ``load_model`` raises; ConfigError for a precision
     that means nothing; DoesNotFitError when the disk is too small; ParityError when the export is not the same model:
     with ``keep`` the failed bundle then stays beside ``out`` as ``<out>.failed``.
     """

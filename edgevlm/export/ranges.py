@@ -8,18 +8,17 @@ need, keeps them where they matter and loses them where they do not.
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgevlm.core.errors import UnsupportedError
+from edgevlm.core.errors import UnsupportedError, translate_disk_errors
 
 Float: TypeAlias = NDArray[np.float32]
 Range: TypeAlias = tuple[float, float]
@@ -27,15 +26,28 @@ Range: TypeAlias = tuple[float, float]
 NUM_SAMPLED = 4096  # values of a tensor and batch
 SHARES = tuple(np.linspace(1.0, 0.3, 36).tolist())  # of the extremes, tried on each side
 LEVELS = 255
+KINDS = ("low", "high", "sample", "step")
+CONSTANTS = {
+    "row": -1,
+    "share": 2 * NUM_SAMPLED,
+    "two": 2,
+    "one": 1,
+    "from": 0,
+    "to": np.iinfo(np.int64).max,
+    "axis": 0,
+}  # of the nodes that watch a value
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a tensor was: its extremes in every batch, and a sample whose values stand for ``num_each`` each."""
+    """What a tensor was: its extremes in every batch, and a sample whose values stand for ``num_each`` each.
+
+    ``num_each`` is one number, or one for each value where the batches were of several sizes.
+    """
 
     extremes: Float
     sample: Float
-    num_each: int
+    num_each: int | NDArray[np.int64]
 
 
 def observed_ranges(model: ir.Model, values: Sequence[ir.Value], batches: Sequence[Float]) -> dict[ir.Value, Range]:
@@ -56,7 +68,7 @@ def best_range(seen: Seen) -> Range:
     One side is chosen after the other.
     """
     values = np.concatenate((seen.extremes, seen.sample))
-    weights = np.concatenate((np.ones(seen.extremes.size), np.full(seen.sample.size, seen.num_each)))
+    weights = np.concatenate((np.ones(seen.extremes.size), np.broadcast_to(seen.num_each, seen.sample.shape)))
     low, high = min(float(seen.extremes.min()), 0.0), max(float(seen.extremes.max()), 0.0)
 
     def cost(bounds: Range) -> float:
@@ -75,25 +87,33 @@ def _rounded(values: Float, bounds: Range) -> Float:
 
 
 def _seen(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) -> dict[str, Seen]:
-    watched, steps = _watched(model, names)
-    kinds = [f"{name}.{kind}" for name in names for kind in ("low", "high", "sample")]
-    rows = _outputs(watched, kinds, batches)
-    found = {}
-    for index, name in enumerate(names):
-        low, high, sample = (np.concatenate([row[3 * index + kind].ravel() for row in rows]) for kind in range(3))
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise UnsupportedError(f"{name} is not finite on a calibration picture: take fp32 for this encoder")
-        found[name] = Seen(np.concatenate((low, high)), sample, steps[name])
-    return found
+    rows = _outputs(_watched(model, names), [f"{name}.{kind}" for name in names for kind in KINDS], batches)
+    return {name: _joined(name, [row[index : index + len(KINDS)] for row in rows]) for name, index in _places(names)}
 
 
-def _outputs(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) -> list[list[Float]]:
+def _places(names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Every name, and where its outputs begin."""
+    return zip(names, range(0, len(KINDS) * len(names), len(KINDS)), strict=True)
+
+
+def _joined(name: str, batches: Sequence[Sequence[NDArray[Any]]]) -> Seen:
+    """The outputs of every batch as one."""
+    low, high, samples, steps = zip(*batches, strict=True)
+    extremes = np.array([*low, *high], np.float32)
+    if not np.isfinite(extremes).all():
+        raise UnsupportedError(f"{name} is not finite on a calibration picture: take fp32 for this encoder")
+    num_each = [np.full(sample.size, step.item()) for sample, step in zip(samples, steps, strict=True)]
+    return Seen(extremes, np.concatenate(samples), np.concatenate(num_each))
+
+
+def _outputs(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) -> list[list[NDArray[Any]]]:
     """The named outputs for every batch."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory(prefix="edgevlm-ranges-") as folder:
         path = Path(folder) / "watched.onnx"
-        ir.save(model, path, external_data=f"{path.name}_data")
+        with translate_disk_errors(f"{folder} (TMPDIR names another place), the encoder while it is calibrated"):
+            ir.save(model, path, external_data=f"{path.name}_data")
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         source = session.get_inputs()[0].name
         try:
@@ -103,40 +123,34 @@ def _outputs(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) ->
             raise UnsupportedError(f"the encoder cannot read a calibration picture: {found}") from error
 
 
-def _watched(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str, int]]:
-    """A copy of ``model`` that also gives ``{name}.low``, ``.high`` and ``.sample``, and how far apart samples lie."""
+def _watched(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of ``model`` that also gives ``{name}.low``, ``.high``, ``.sample``, and ``.step`` between samples."""
     model = model.clone()
     graph = model.graph
     values = {value.name: value for value in (*graph.inputs, *(output for node in graph for output in node.outputs))}
-    steps = {name: _step(values[name]) for name in names}
     for name in names:
-        nodes = _watching_nodes(graph, values[name], name, steps[name])
-        graph.extend(nodes)
-        graph.outputs.extend(node.outputs[0] for node in nodes[1:])
-    return model, steps
+        nodes = {node.outputs[0].name: node for node in _watching_nodes(graph, values[name], name)}
+        graph.extend(nodes.values())
+        graph.outputs.extend(nodes[f"{name}.{kind}"].outputs[0] for kind in KINDS)
+    return model
 
 
-def _step(value: ir.Value) -> int:
-    """How far apart the sampled values of a batch of one lie; odd, so as not to sample one column."""
-    sizes = [size for size in (value.shape or ()) if isinstance(size, int)]
-    return math.prod(sizes) // NUM_SAMPLED | 1
+def _watching_nodes(graph: ir.Graph, value: ir.Value, name: str) -> list[ir.Node]:
+    """``value`` in one row, its least, its greatest, and numbers an odd step apart, so as not to sample one column.
 
-
-def _watching_nodes(graph: ir.Graph, value: ir.Value, name: str, step: int) -> list[ir.Node]:
-    """``value`` in one row, then its least, its greatest and every ``step``-th number."""
-    flat = _node("Reshape", [value, _integer(graph, f"{name}.flat.shape", -1)], f"{name}.flat")
+    The graph itself counts its values, since their number is known only then where heights and widths are free.
+    """
+    constants = {label: _integer(graph, f"{name}.{label}", number) for label, number in CONSTANTS.items()}
+    flat = _node("Reshape", [value, constants["row"]], f"{name}.flat")
     row = flat.outputs[0]
-    bounds = [_integer(graph, f"{name}.{label}", number) for label, number in _slice_bounds(step)]
-    return [
-        flat,
-        _node("ReduceMin", [row], f"{name}.low", keepdims=0),
-        _node("ReduceMax", [row], f"{name}.high", keepdims=0),
-        _node("Slice", [row, *bounds], f"{name}.sample"),
-    ]
-
-
-def _slice_bounds(step: int) -> tuple[tuple[str, int], ...]:
-    return (("from", 0), ("to", np.iinfo(np.int64).max), ("axis", 0), ("step", step))
+    size = _node("Shape", [row], f"{name}.size", ir.DataType.INT64)
+    pairs = _node("Div", [size.outputs[0], constants["share"]], f"{name}.pairs", ir.DataType.INT64)
+    even = _node("Mul", [pairs.outputs[0], constants["two"]], f"{name}.even", ir.DataType.INT64)
+    step = _node("Add", [even.outputs[0], constants["one"]], f"{name}.step", ir.DataType.INT64)
+    bounds = [constants["from"], constants["to"], constants["axis"], step.outputs[0]]
+    low = _node("ReduceMin", [row], f"{name}.low", keepdims=0)
+    high = _node("ReduceMax", [row], f"{name}.high", keepdims=0)
+    return [flat, size, pairs, even, step, low, high, _node("Slice", [row, *bounds], f"{name}.sample")]
 
 
 def _integer(graph: ir.Graph, name: str, number: int) -> ir.Value:
@@ -146,8 +160,10 @@ def _integer(graph: ir.Graph, name: str, number: int) -> ir.Value:
     return value
 
 
-def _node(kind: str, inputs: Sequence[ir.Value], name: str, **attributes: int) -> ir.Node:
-    output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+def _node(
+    kind: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int
+) -> ir.Node:
+    output = ir.Value(name=name, type=ir.TensorType(dtype))
     return ir.Node(
         "", kind, inputs, ir.convenience.convert_attributes(attributes), outputs=[output], name=f"node.{name}"
     )

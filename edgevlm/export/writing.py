@@ -106,7 +106,12 @@ class Work:
     def _quantized(self, precision: str) -> QuantizedDecoder | None:
         if precision not in self.plan.precisions.schemes:
             return None
-        return quantize_decoder(self.checkpoint.model, precision, importance=self.importance)
+        step = step_name("decoder_model_merged", precision)
+
+        def report(done: int, total: int) -> None:
+            self.plan.report(f"{step}: {done / total:.0%}")
+
+        return quantize_decoder(self.checkpoint.model, precision, importance=self.importance, report=report)
 
 
 def step_name(part: str, precision: str) -> str:
@@ -172,7 +177,9 @@ def _calibrated(sized: Sequence[Checkpoint], plan: Plan, root: Path, recording: 
     counts = None
     if precisions.search:
         samples = calibration_samples(calibration.folder, calibration.num_samples, calibration.seed)
-        counts = importance(checkpoint, samples)
+        counts = importance(
+            checkpoint, samples, report=lambda done, total: plan.report(f"calibrate: {done} of {total}")
+        )
     return Work(checkpoint=checkpoint, plan=plan, root=root, recording=recording, importance=counts, pixels=pixels)
 
 

@@ -6,18 +6,18 @@ d and e of one output's weights count together with the mean of d · x · e · y
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from edgevlm.core.errors import InputError, UsageError
+from edgevlm.core.errors import InputError, UsageError, translate_disk_errors
 from edgevlm.evaluation.scenes import make_scene, questions, render
 from edgevlm.evaluation.suites import HELD_OUT_SEEDS
 from edgevlm.models.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ PROMPTS = (
     "How many objects are there?",
     "What does the sign say?",
 )
-PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+PICTURES = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"))
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layers that read what another reads
 ROWS_AT_ONCE = 128
 MAX_TOKENS = 12  # of each answer: some rows that the model wrote itself, few enough for a large one on a CPU
@@ -79,6 +79,21 @@ def calibration_samples(folder: Path | None = None, num: int = NUM_SAMPLES, seed
     return _of_scenes(num, seed) if folder is None else _of_folder(folder, num, seed)
 
 
+def pictures_in(folder: Path, num: int, seed: int) -> list[Path]:
+    """At most ``num`` of the pictures in ``folder`` and below, which ``seed`` picks, in the order of their names.
+
+    Both halves of a model are calibrated with these.  Raises InputError for what is no folder or holds no picture.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; --calib takes one with pictures that look like those to come")
+    with translate_disk_errors(f"reading {folder}", reading=True):
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+    if not paths:
+        kinds = " ".join(sorted(PICTURES))
+        raise InputError(f"{folder} holds no picture ({kinds}): give a folder with some (--calib), or leave it out")
+    return sorted(random.Random(seed).sample(paths, min(num, len(paths))))
+
+
 class SecondMoments:
     """Sums of x xᵀ over rows x, within spans of neighbouring inputs [P, S, S], and the number of rows.
 
@@ -90,9 +105,11 @@ class SecondMoments:
         self.total = torch.zeros(num, self.width, self.width)
         self.num_rows = 0
         self._waiting: list[Tensor] = []
+        self._is_mean = False
 
     def add(self, rows: Tensor) -> None:
         """Count rows (…, K)."""
+        assert not self._is_mean
         flat = rows.detach().float().flatten(0, -2)
         self._waiting.append(flat)
         self.num_rows += len(flat)
@@ -100,9 +117,12 @@ class SecondMoments:
             self._count()
 
     def mean(self) -> Tensor:
-        """Second moments [P, S, S], float32."""
-        self._count()
-        return self.total / max(1, self.num_rows)
+        """Second moments [P, S, S], float32, in the memory of the sums: no row can be added any more."""
+        if not self._is_mean:
+            self._count()
+            self.total /= max(1, self.num_rows)
+            self._is_mean = True
+        return self.total
 
     def _count(self) -> None:
         if not self._waiting:
@@ -151,11 +171,7 @@ def _of_scene(series: int, index: int) -> Sample:
 
 
 def _of_folder(folder: Path, num: int, seed: int) -> list[Sample]:
-    """Pictures in an order that ``seed`` gives, again from the start where there are fewer than ``num``."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    if not paths:
-        kinds = " ".join(sorted(PICTURES))
-        raise InputError(f"{folder} holds no picture ({kinds}): give a folder with some (--calib), or leave it out")
-    order = np.random.default_rng(seed).permutation(len(paths))
-    chosen = [paths[order[index % len(paths)]] for index in range(num)]
-    return [Sample(image=path, prompt=PROMPTS[index % len(PROMPTS)]) for index, path in enumerate(chosen)]
+    """The folder's pictures, again from the start with other questions where there are fewer than ``num``."""
+    paths = pictures_in(folder, num, seed)
+    turns = ((index, *divmod(index, len(paths))) for index in range(num))
+    return [Sample(image=paths[place], prompt=PROMPTS[(index + turn) % len(PROMPTS)]) for index, turn, place in turns]

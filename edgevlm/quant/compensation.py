@@ -10,7 +10,7 @@ take bounded memory; between spans nothing is made up for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -24,6 +24,7 @@ AT_ONCE = 16  # columns whose errors reach the rest of their group together
 SPAN_STEP = 128  # the largest group, so that none lies in two spans
 DAMPING = 0.03  # of the mean second moment, added to each, so that U stays finite; 0.01 to 0.1 lose the same
 
+FactoredSpan: TypeAlias = tuple[Tensor, Tensor]  # U [S, S] and how much each input counts, filled up
 FitGroup: TypeAlias = Callable[[Tensor, Tensor], Fit]  # groups [n, 1, group_size] and counts [1, group_size]
 
 
@@ -33,14 +34,24 @@ def num_spans(num_inputs: int) -> tuple[int, int]:
     return -(-num_inputs // width), width
 
 
-def compensated(rows: Tensor, moments: Tensor, group_size: int, span: Codes, fit: FitGroup) -> tuple[Tensor, Fit]:
-    """Codes [n, K] and ranges of ``rows`` [n, K], for second moments [P, S, S] as ``num_spans`` cuts them."""
+def factored_spans(moments: Tensor, num_inputs: int) -> list[FactoredSpan]:
+    """What ``compensated`` needs of second moments [P, S, S] as ``num_spans`` cuts them, whatever rows it is given."""
     width = moments.shape[-1]
+    found = []
+    for start, moment in zip(range(0, num_inputs, width), moments, strict=True):
+        num = min(width, num_inputs - start)
+        found.append((factored(moment[:num, :num]), moment.diagonal() + DAMPING))  # as much as U takes it for
+    return found
+
+
+def compensated(
+    rows: Tensor, spans: Sequence[FactoredSpan], group_size: int, span: Codes, fit: FitGroup
+) -> tuple[Tensor, Fit]:
+    """Codes [n, K] and ranges of ``rows`` [n, K], whose inputs ``spans`` cut."""
     codes: list[Tensor] = []
     fits: list[Fit] = []
-    for part, moment in zip(rows.split(width, dim=1), moments, strict=True):
+    for part, (factor, counts) in zip(rows.split([len(each) for each, _ in spans], dim=1), spans, strict=True):
         rest, num = part.clone(), part.shape[1]
-        factor, counts = factored(moment[:num, :num]), moment.diagonal() + DAMPING  # as much as U takes it for
         for start in range(0, num, group_size):
             end = min(start + group_size, num)
             group = rest[:, start:end]

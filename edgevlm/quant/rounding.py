@@ -6,6 +6,7 @@ with the least error.  Rows never depend on each other, so matrices may be joine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgevlm.core.errors import ConfigError
-from edgevlm.quant.compensation import compensated, num_spans
+from edgevlm.quant.compensation import FactoredSpan, compensated, factored_spans, num_spans
 from edgevlm.quant.schemes import DynamicInt8, Scheme, WeightOnly, head_scheme
 from edgevlm.quant.search import Codes, Fit, best_affine, best_symmetric, plain_affine, plain_symmetric
 
@@ -65,15 +66,15 @@ def round_weight(
 
     ``importance`` is the mean square of each input [K], or their second moments in spans [P, S, S], as ``calibration``
     gives them.  The first says how much an error of that input's weights counts; by the second, 4-bit schemes also
-    make up for errors.  Schemes that do not search ignore it.  Raises ConfigError for weights that are not finite and
-    an importance of another shape or with negative squares.
+    make up for errors.  ``DynamicInt8`` and schemes that do not search ignore it.  Raises ConfigError for weights that
+    are not finite and an importance of another shape or with negative squares.
     """
     if head:
         scheme = head_scheme(scheme)
     counts = _checked(importance, weight)
-    wanted = COMPENSATED_ELEMENTS if counts is not None and makes_up(scheme, counts) else CHUNK_ELEMENTS
-    rows = max(1, wanted // weight.shape[1])
-    pieces = [_round_rows(chunk.detach().float(), scheme, counts) for chunk in weight.split(rows)]
+    factors = None if counts is None or not makes_up(scheme, counts) else factored_spans(counts, weight.shape[1])
+    rows = max(1, (CHUNK_ELEMENTS if factors is None else COMPENSATED_ELEMENTS) // weight.shape[1])
+    pieces = [_round_rows(chunk.detach().float(), scheme, counts, factors) for chunk in weight.split(rows)]
     points = [piece.zero_points for piece in pieces if piece.zero_points is not None]
     return QuantizedWeight(
         codes=torch.cat([piece.codes for piece in pieces]),
@@ -121,16 +122,18 @@ def counted(importance: Tensor, num_inputs: int) -> Tensor | None:
     return importance.diagonal(dim1=1, dim2=2).flatten()[:num_inputs]
 
 
-def _round_rows(rows: Tensor, scheme: Scheme, importance: Tensor | None) -> QuantizedWeight:
-    """Some rows [n, K] of a weight."""
+def _round_rows(
+    rows: Tensor, scheme: Scheme, importance: Tensor | None, factors: Sequence[FactoredSpan] | None
+) -> QuantizedWeight:
+    """Some rows [n, K] of a weight; ``factors`` are those of the ``importance`` where errors are made up for."""
+    if isinstance(scheme, DynamicInt8):
+        return _per_channel(rows)
     counts = None if importance is None else counted(importance, rows.shape[1])
     if counts is not None:
         counts = counts.clamp(min=LEAST_IMPORTANCE)
-    if isinstance(scheme, DynamicInt8):
-        return _per_channel(rows, counts)
     span = _codes(scheme)
-    if importance is not None and makes_up(scheme, importance):
-        codes, fit = compensated(rows, importance, scheme.group_size, span, partial(_fit, scheme, span))
+    if factors is not None:
+        codes, fit = compensated(rows, factors, scheme.group_size, span, partial(_fit, scheme, span))
     else:
         groups = _grouped(rows, scheme.group_size)
         per_input = None if counts is None else _grouped(counts.unsqueeze(0), scheme.group_size)[0]
@@ -163,10 +166,13 @@ def _fit(scheme: WeightOnly, span: Codes, groups: Tensor, counts: Tensor | None)
     return best_affine(groups, counts, span) if scheme.search else plain_affine(groups, span)
 
 
-def _per_channel(rows: Tensor, counts: Tensor | None) -> QuantizedWeight:
-    """One scale per row; int8 codes from -127 to 127, the range that has no rest when a sign is turned."""
+def _per_channel(rows: Tensor) -> QuantizedWeight:
+    """One scale per row; int8 codes from -127 to 127, the range that has no rest when a sign is turned.
+
+    Every input counts the same, so that codes do not depend on whether another precision beside them is calibrated.
+    """
     span, groups = Codes(low=-127, high=127), rows.unsqueeze(1)
-    fit = best_symmetric(groups, None if counts is None else counts.unsqueeze(0), span)
+    fit = best_symmetric(groups, None, span)
     codes = fit.codes(groups, span)[:, 0].to(torch.int8)
     return QuantizedWeight(codes=codes, scales=fit.scales, zero_points=None, bits=8, group_size=rows.shape[1])
 

@@ -75,7 +75,8 @@ class Wishes:
 
     def _over(self, choice: PartChoice, runtime: str | None, precision: str | None) -> PartChoice:
         runtime, device = runtime or self.runtime, self.device
-        if (runtime or choice.runtime, device or choice.device) != (choice.runtime, choice.device):
+        elsewhere = device is not None and device.lower() != (choice.device or "cpu").lower()
+        if elsewhere or (runtime or choice.runtime) != choice.runtime:
             choice = PartChoice()  # what was best elsewhere says nothing about another back end or device
         return PartChoice(
             runtime=runtime or choice.runtime,

@@ -25,14 +25,12 @@ class EmbeddingTable:
         self._rows: np.ndarray | None = _mapped(bundle, table)
 
     def embed(self, input_ids: Ints) -> Float:
-        """One allocation: the rows, which the caller keeps."""
+        """The rows, copied out of the mapping, in float32; the caller keeps them."""
         rows = self._opened()
         largest, smallest = int(input_ids.max(initial=0)), int(input_ids.min(initial=0))
         if smallest < 0 or largest >= len(rows):
             raise _no_such_token(smallest if smallest < 0 else largest, len(rows))
-        embeds = np.empty((*input_ids.shape, rows.shape[1]), np.float32)
-        embeds[:] = rows[input_ids]
-        return embeds
+        return rows[input_ids].astype(np.float32, copy=False)
 
     def write_row(self, token: int, row: Float) -> None:
         """The embedding of ``token`` into ``row`` ``[1, 1, D]``."""

@@ -41,10 +41,12 @@ class OpenVino:
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise ConfigError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
-        if device not in (None, "cpu"):
+        if device is not None and device.lower() != "cpu":
             raise UnsupportedError(f"openvino runs on the device cpu here, not on {device!r}: leave --device out")
         self._threads = threads or compute_cores()
-        self._core = require("openvino").Core()
+        core = require("openvino").Core
+        with errors("openvino"):
+            self._core = core()
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -104,7 +106,8 @@ class OpenVinoBf16(OpenVino):
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:
         super().__init__(device=device, threads=threads)
-        able = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+        with errors("openvino"):
+            able = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in able:
             raise UnsupportedError(
                 f"this processor has no bfloat16 instructions (OpenVINO finds {', '.join(able)}): "

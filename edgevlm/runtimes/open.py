@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from edgevlm.runtimes.choices import Choices, PartChoice, Wishes
 from edgevlm.runtimes.composed import ComposedSession, Engines
 from edgevlm.runtimes.embedding_table import EmbeddingTable
 from edgevlm.runtimes.engines import BackEnd, Embedding
-from edgevlm.runtimes.tuned import tuned_choices
+from edgevlm.runtimes.tuned import sums_hash, tuned_choices
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shipped import find_bundle
 
@@ -78,9 +77,14 @@ def open_bundle(
 def open_as_wished(path: str | Path, wishes: Wishes, *, check: bool = True) -> RuntimeVlm:
     """What ``open_bundle`` does, with everything that was wished in one value."""
     bundle = read_bundle(find_bundle(str(path)), check=check)
-    manifest = bundle.manifest.at_image_size(wishes.image_size)
+    tuned = tuned_choices(bundle, wishes.optimize, known=RUNTIMES)
+    return open_chosen(bundle, wishes.over(tuned or Choices()), image_size=wishes.image_size)
+
+
+def open_chosen(bundle: Bundle, choices: Choices, *, image_size: int | None = None) -> RuntimeVlm:
+    """``bundle`` with exactly these ``choices``, whatever was tuned; raises what ``open_bundle`` raises."""
+    manifest = bundle.manifest.at_image_size(image_size)
     bundle = replace(bundle, manifest=manifest)
-    choices = wishes.over(tuned_choices(bundle, wishes.optimize, known=RUNTIMES) or Choices())
     halves = _Halves(bundle, choices)
     processor = Processor.from_folder(bundle.root, manifest.image, manifest.prompt)
     _check_agreement(manifest, processor)
@@ -215,9 +219,8 @@ def _disagreement(manifest: Manifest, what: str) -> IntegrityError:
 
 def _describe(bundle: Bundle) -> dict[str, Any]:
     """What a measurement must say about the bundle."""
-    sums = bundle.root / "SHA256SUMS"
     return {
         "bundle": str(bundle.root),
-        "bundle_sha256": hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
+        "bundle_sha256": sums_hash(bundle.root),
         "family": bundle.manifest.family,
     }

@@ -57,7 +57,8 @@ class Graph:
 
     def output(self, name: str) -> NDArray[Any]:
         """A view of the output ``name``, which the next run overwrites."""
-        found: NDArray[Any] = self._request.get_tensor(name).data
+        with errors(self._name):
+            found: NDArray[Any] = self._request.get_tensor(name).data
         return found
 
     def floats(self, name: str) -> Float:
@@ -66,11 +67,13 @@ class Graph:
 
     def keep_rows(self, num_rows: int) -> None:
         """Drop what the kv cache holds behind its first ``num_rows``; where it is not longer nothing changes."""
-        for variable in self._states:
-            rows = variable.state
-            batch, heads, length, size = rows.shape
-            if length > num_rows:
-                variable.state = self._tensor(rows, self._place([0] * 4), self._place([batch, heads, num_rows, size]))
+        with errors(self._name):
+            for variable in self._states:
+                rows = variable.state
+                batch, heads, length, size = rows.shape
+                if length > num_rows:
+                    end = self._place([batch, heads, num_rows, size])
+                    variable.state = self._tensor(rows, self._place([0] * 4), end)
 
 
 def read(file: str) -> Any:

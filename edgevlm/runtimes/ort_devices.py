@@ -35,6 +35,7 @@ FIXES = {
     "directml": "pip uninstall -y onnxruntime; pip install onnxruntime-directml",
 }
 OWN_MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "nv-tensorrt-rtx": "cuda"}  # where the kv cache lies off the host
+NUMBERED = (*OWN_MEMORY, "directml")  # a machine may have several, and the provider takes which
 MOST_ELSEWHERE = 0.1  # share of the nodes that may be left to another provider
 SHAPE_ONLY = frozenset({"Constant", "ConstantOfShape", "Cast", "Range", "Shape", "Size", "Squeeze", "Unsqueeze"})
 HOLDS_CACHE = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
@@ -56,7 +57,7 @@ class Device:
     @property
     def providers(self) -> list[tuple[str, dict[str, str]]]:
         """What a graph is opened with: beside a device the CPU, where it can be told afterwards what it did."""
-        options = {"device_id": str(self.index)} if self.memory != "cpu" else {}
+        options = {"device_id": str(self.index)} if self.name in NUMBERED else {}
         beside = [(CPU, dict[str, str]())] if self.provider != CPU and _tells() else []
         return [(self.provider, options), *beside]
 
@@ -64,12 +65,14 @@ class Device:
 def device_of(name: str | None) -> Device:
     """The device that is called ``name``, ``cuda:1`` for the second of its kind; None is the CPU.
 
-    Raises UnsupportedError for a name that nobody knows, MissingLibraryError for a provider that this onnxruntime was
-    built without.
+    Raises UnsupportedError for a name that nobody knows or a number where there is only one, MissingLibraryError for a
+    provider that this onnxruntime was built without.
     """
     kind, _, index = (name or "cpu").lower().partition(":")
     available = {_short(provider): provider for provider in require("onnxruntime").get_available_providers()}
     if kind in available and (not index or index.isdigit()):
+        if index and kind not in NUMBERED:
+            raise UnsupportedError(f"the device {kind} takes no number, got {name!r}: say {kind}")
         return Device(kind, available[kind], int(index or 0))
     known = {**{_short(provider): provider for provider in require("onnxruntime").get_all_providers()}, **available}
     if kind in known and not (index and not index.isdigit()):

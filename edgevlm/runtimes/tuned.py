@@ -6,10 +6,13 @@ what is known already and nothing more: runtimes of the registry, precisions of 
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,15 +33,22 @@ BackEndClass: TypeAlias = Callable[..., BackEnd]  # takes device and threads
 TUNE_FILE = "tune.json"
 SCHEMA = 1
 MOST_BYTES = 4 << 20
+LIBRARIES = (
+    "edgevlm",
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn", "onnxruntime-directml"),
+    "openvino",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedMachine:
     """The best choices per goal on one machine; ``goal`` is the one to follow unasked.
 
-    ``machine``, ``measurements`` and ``date`` say where they come from, for people.
+    ``holds_for``: the ``surroundings`` in which they were found.  ``machine``, ``measurements`` and ``date`` say where
+    they come from, for people.
     """
 
+    holds_for: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     goal: str
     choices: dict[str, Choices]
@@ -71,7 +81,7 @@ def machine_key(hardware: Hardware | None = None) -> str:
     A container's quota and a Jetson's power mode count, since they change which number of threads is best.  Nobody
     waits for ``nvidia-smi``, so of NVIDIA's GPUs it tells nothing.
     """
-    found = hardware or probe(tool=_quick_tool)
+    found = hardware or _hardware()
     jetson, cpu = found.jetson, found.cpu
     cores = f"{min(cpu.physical_cores, int(cpu.usable_cores))} of {cpu.logical_cores} cores"
     gpus = [gpu.name for gpu in found.gpus]
@@ -80,11 +90,38 @@ def machine_key(hardware: Hardware | None = None) -> str:
     return ", ".join(names)
 
 
+def surroundings(root: Path, hardware: Hardware | None = None) -> dict[str, str]:
+    """What must not have changed since a choice was judged and timed, beside the machine's key, by name.
+
+    The bundle in the folder ``root``, the libraries that compute, and the processor's instructions, which a virtual
+    machine may be given or denied under the same name.
+    """
+    found = {"bundle": sums_hash(root) or "", "cpu features": " ".join((hardware or _hardware()).cpu.features)}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def sums_hash(root: Path) -> str | None:
+    """The SHA-256 of a bundle's SHA256SUMS, which stands for all that the bundle holds; None where there is none."""
+    sums = root / "SHA256SUMS"
+    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
+
+
+def require_writable(root: Path) -> None:
+    """Raises UsageError where no ``tune.json`` can be written, before minutes are spent on what it would say."""
+    if root.is_dir() and not os.access(root, os.W_OK):
+        raise UsageError(f"{root} may not be written, so no {TUNE_FILE} can lie there: tune a copy, or give --dry-run")
+
+
 def tuned_choices(bundle: Bundle, goal: str | None, *, known: Mapping[str, BackEndClass]) -> Choices | None:
     """What ``tune.json`` says about this machine, None where it says nothing.
 
-    A file that cannot be used, or that chose what is no longer installed, is ignored with a warning.  Raises
-    UsageError where a ``goal`` was asked for by name and nothing is tuned for it here.
+    A file that cannot be used, or that was made for another bundle, library or processor, is ignored with a warning.
+    Raises UsageError where a ``goal`` was asked for by name and nothing is tuned for it here.
     """
     found = _of_this_machine(bundle, goal, known)
     if found is None and goal is not None:
@@ -93,6 +130,10 @@ def tuned_choices(bundle: Bundle, goal: str | None, *, known: Mapping[str, BackE
             "or leave --optimize out"
         )
     return found
+
+
+def _hardware() -> Hardware:
+    return probe(tool=_quick_tool)
 
 
 def _quick_tool(command: Sequence[str]) -> str | None:
@@ -135,20 +176,32 @@ def write_tune(
 
 def _of_this_machine(bundle: Bundle, goal: str | None, known: Mapping[str, BackEndClass]) -> Choices | None:
     try:
-        tunes = read_tunes(bundle.root, bundle.manifest, known=known)
-        machine = tunes.machines.get(machine_key()) if tunes.machines else None  # most bundles need not ask
+        machines = read_tunes(bundle.root, bundle.manifest, known=known).machines
+        hardware = _hardware() if machines else None  # most bundles need not ask
+        machine = machines.get(machine_key(hardware)) if machines else None
+        if machine:
+            _check_unchanged(machine.holds_for, surroundings(bundle.root, hardware))
         choices = machine.choices.get(goal or machine.goal) if machine else None
         for choice in (choices.encoder, choices.decoder) if choices else ():
-            known[choice.runtime](device=choice.device, threads=choice.threads)
+            known[choice.runtime](device=None, threads=choice.threads)
     except EdgeVLMError as error:
         logger.warning("%s is ignored: %s; `edgevlm tune` writes it again", bundle.root / TUNE_FILE, error)
         return None
     return choices
 
 
+def _check_unchanged(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises ConfigError naming what is another since the machine was tuned."""
+    changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    if changed:
+        raise ConfigError(f"it was tuned with another {', '.join(changed)}")
+
+
 def _check(choice: PartChoice, part: str, manifest: Manifest, known: Mapping[str, BackEndClass], file: Path) -> None:
     if choice.runtime not in known:
         raise ConfigError(f"{file}: " + unknown_name("runtime", choice.runtime, list(known)))
+    if choice.device is not None:
+        raise ConfigError(f"{file}: it may not choose a device, found {choice.device!r}: name it with --device")
     if choice.precision is not None:
         precisions = [one.precision for one in manifest.parts if (one.part, one.target) == (part, "onnx")]
         if choice.precision not in precisions:

@@ -9,10 +9,11 @@ from typing import Any
 
 from edgevlm.bundle.golden import load_golden
 from edgevlm.bundle.manifest import Manifest
-from edgevlm.bundle.read import read_bundle
+from edgevlm.bundle.read import Bundle, read_bundle
 from edgevlm.core.errors import ParityError, UsageError
-from edgevlm.runtimes.choices import DEFAULT_RUNTIME, Wishes
-from edgevlm.runtimes.open import open_as_wished
+from edgevlm.runtimes.choices import DEFAULT_RUNTIME, Choices, Wishes
+from edgevlm.runtimes.open import RUNTIMES, open_chosen
+from edgevlm.runtimes.tuned import tuned_choices
 from edgevlm.runtimes.vlm import RuntimeVlm
 from edgevlm.shipped import find_bundle
 from edgevlm.verify.cases import GoldenCase, golden_cases
@@ -64,14 +65,20 @@ class Verification:
 
 
 def verify_bundle(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool = True) -> Verification:
-    """Compare a bundle (folder or shipped name) with its golden tensors, as ``wishes`` would open it.
+    """Compare a bundle (folder or shipped name) with its golden tensors.
 
+    What ``wishes`` leave open is the bundle's own default: what was tuned counts only where ``optimize`` asks for it.
     The task's questions are asked at the default picture size.  Raises what opening raises; a difference is a result,
     not an exception: see ``Verification.require``.
     """
-    root = find_bundle(path)
-    manifest = read_bundle(root, check=check).manifest
-    with open_as_wished(root, wishes, check=False) as vlm:
+    bundle = read_bundle(find_bundle(path), check=check)
+    return verify_chosen(bundle, _asked_for(bundle, wishes), image_size=wishes.image_size)
+
+
+def verify_chosen(bundle: Bundle, choices: Choices, *, image_size: int | None = None) -> Verification:
+    """``verify_bundle`` with exactly these ``choices`` of back ends, precisions and threads."""
+    root, manifest = bundle.root, bundle.manifest
+    with open_chosen(bundle, choices, image_size=image_size) as vlm:
         combination, side = combination_of(vlm), vlm.processor.image_spec.height
         results = _compared(vlm, golden_cases(root, side), combination)
         sound = all(result.passed for result in results)
@@ -105,6 +112,11 @@ def verify_all(path: Path | str, wishes: Wishes = NO_WISHES, *, check: bool = Tr
     root = find_bundle(path)
     manifest = read_bundle(root, check=check).manifest
     return tuple(verify_bundle(root, one, check=False) for one in _every(manifest, wishes))
+
+
+def _asked_for(bundle: Bundle, wishes: Wishes) -> Choices:
+    tuned = tuned_choices(bundle, wishes.optimize, known=RUNTIMES) if wishes.optimize else None
+    return wishes.over(tuned or Choices())
 
 
 def _every(manifest: Manifest, wishes: Wishes) -> Iterator[Wishes]:

@@ -39,13 +39,21 @@ function localLibrary(root) {
   return library;
 }
 
+async function manifestOf(root) {
+  try {
+    return JSON.parse(await readFile(join(root, "edgevlm.json"), "utf-8"));
+  } catch (error) {
+    return fail(`${join(root, "edgevlm.json")}: ${error.message}; copy the bundle again`);
+  }
+}
+
 async function main() {
   const { places, maxTokens, decoder, encoder, json } = commandLine();
   const [root, picture] = [resolve(places[0]), resolve(places[1])];
   if (!existsSync(join(root, "edgevlm.json"))) fail(`no bundle at ${root}: give the folder that \`edgevlm export\` wrote`, 2);
   if (!existsSync(picture)) fail(`no picture at ${picture}`, 2);
   const library = localLibrary(root);
-  const manifest = JSON.parse(await readFile(join(root, "edgevlm.json"), "utf-8"));
+  const manifest = await manifestOf(root);
   const vlm = await openBundle(library, basename(root), manifest, { decoder, encoder });
   const image = await library.RawImage.read(picture);
   const { ids, text, numPromptTokens } = await ask(vlm, image, places[2], { maxTokens });

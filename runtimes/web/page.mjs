@@ -22,6 +22,7 @@ function show(state, text) {
 
 async function load() {
   const response = await fetch("/bundle/edgevlm.json");
+  if (!response.ok) throw new Error(`no bundle at ${response.url}: ${response.status}`);
   const manifest = await response.json();
   const names = { decoder: wishes.get("decoder"), encoder: wishes.get("encoder"), device: wishes.get("device") ?? "wasm" };
   const vlm = await openBundle(library, "bundle", manifest, names);
@@ -34,7 +35,9 @@ async function run(vlm, address) {
   show("thinking", "");
   try {
     const image = await library.RawImage.fromURL(address);
-    const options = { maxTokens: Number(wishes.get("max_tokens") ?? 128), onText: (text) => answer.append(text) };
+    const maxTokens = Number(wishes.get("max_tokens") ?? 128);
+    if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new Error("max_tokens must be a whole number of 1 or more");
+    const options = { maxTokens, onText: (text) => answer.append(text) };
     const { ids, text } = await ask(vlm, image, question.value, options);
     answer.dataset.ids = ids.join(" ");
     show("done", text);
@@ -46,8 +49,9 @@ async function run(vlm, address) {
 
 file.addEventListener("change", () => {
   if (picture.src) URL.revokeObjectURL(picture.src);
-  picture.src = URL.createObjectURL(file.files[0]);
-  picture.hidden = false;
+  picture.hidden = !file.files.length; // who cancels the choice has none
+  if (file.files.length) picture.src = URL.createObjectURL(file.files[0]);
+  else picture.removeAttribute("src");
 });
 
 try {

@@ -6,6 +6,7 @@
 import { createReadStream, existsSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { dirname, extname, join, resolve, sep } from "node:path";
+import { pipeline } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
@@ -23,11 +24,23 @@ const TYPES = {
 const ISOLATED = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
 const PAGE_FILES = ["index.html", "page.mjs", "vlm.mjs"];
 
-const { values, positionals } = parseArgs({
-  options: { port: { type: "string", default: "8321" } },
-  allowPositionals: true,
-});
-if (positionals.length !== 1) fail("usage: node serve.mjs BUNDLE [--port 8321]", 2);
+const USAGE = "node serve.mjs BUNDLE [--port 8321]";
+
+function commandLine() {
+  try {
+    const { values, positionals } = parseArgs({
+      options: { port: { type: "string", default: "8321" } },
+      allowPositionals: true,
+    });
+    const isPort = /^\d{1,5}$/.test(values.port) && Number(values.port) < 65536; // 0: any free one
+    if (positionals.length !== 1 || !isPort) fail(`usage: ${USAGE}`, 2);
+    return { positionals, port: Number(values.port) };
+  } catch (error) {
+    return fail(`${error.message}; usage: ${USAGE}`, 2);
+  }
+}
+
+const { positionals, port } = commandLine();
 const bundle = resolve(positionals[0]);
 if (!existsSync(join(bundle, "edgevlm.json"))) fail(`no bundle at ${bundle}: give the folder that \`edgevlm export\` wrote`, 2);
 
@@ -64,9 +77,9 @@ function answer(request, response) {
   const type = TYPES[extname(file)] ?? "application/octet-stream";
   response.writeHead(200, { ...ISOLATED, "Content-Type": type, "Content-Length": statSync(file).size });
   if (request.method === "HEAD") response.end();
-  else createReadStream(file).pipe(response);
+  else pipeline(createReadStream(file), response, () => {}); // a file that cannot be read, or a page that left, ends both
 }
 
 const server = createServer(answer);
 server.on("error", (error) => fail(error.message));
-server.listen(Number(values.port), "127.0.0.1", () => console.log(`http://127.0.0.1:${server.address().port}/`));
+server.listen(port, "127.0.0.1", () => console.log(`http://127.0.0.1:${server.address().port}/`));

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from edgevlm.bundle.read import read_bundle
 from edgevlm.cli.app import app
-from edgevlm.core.errors import EdgeVLMError, InputError, IntegrityError, ParityError, UnsupportedError
+from edgevlm.core.errors import EdgeVLMError, InputError, IntegrityError, ParityError, UnsupportedError, UsageError
 from edgevlm.export.importing import import_bundle
 from edgevlm.models.checkpoint import load_model
 from edgevlm.runtimes.open import open_bundle
@@ -245,6 +246,13 @@ def cut_a_file(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def lose_a_shape(folder: Path) -> None:
+    file = folder / "onnx" / "decoder_model_merged.onnx"
+    model = onnx.load(file)
+    next(value for value in model.graph.output if value.name == "logits").type.tensor_type.ClearField("shape")
+    onnx.save(model, file)
+
+
 def lose_a_layer(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 3
@@ -258,6 +266,7 @@ def lose_a_layer(folder: Path) -> None:
         (mix_parts_up, UnsupportedError, "has an input inputs_embeds"),
         (cut_a_file, IntegrityError, "not an ONNX file"),
         (lose_a_layer, IntegrityError, "the decoder has 2 layers, config.json says 3"),
+        (lose_a_shape, UnsupportedError, "logits declares no shape, expected 3 axes"),
     ],
 )
 def test_a_folder_that_cannot_be_imported_is_refused(
@@ -267,6 +276,30 @@ def test_a_folder_that_cannot_be_imported_is_refused(
     with pytest.raises(error, match=words):
         import_bundle(graphs, tmp_path / "imported.bundle")
     assert not (tmp_path / "imported.bundle").exists()
+
+
+def test_a_folder_of_links_as_hubs_caches_are_is_copied(graphs: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    file = graphs / "onnx" / "decoder_model_merged.onnx"
+    onnx.save(onnx.load(file), file, save_as_external_data=True, location=f"{file.name}_data", size_threshold=0)
+    for number, path in enumerate(path for path in sorted(graphs.rglob("*")) if path.is_file()):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    out = import_bundle(graphs, tmp_path / "imported.bundle")
+    copied = out / "onnx" / f"{file.name}_data"
+    assert copied.is_file()
+    assert not copied.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("max_context", "error", "words"), [(0, UsageError, "at least 1"), (10**6, UnsupportedError, "was made for")]
+)
+def test_a_context_that_the_model_does_not_have_is_refused(
+    max_context: int, error: type[EdgeVLMError], words: str, graphs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        import_bundle(graphs, tmp_path / "imported.bundle", max_context=max_context)
 
 
 def test_a_precision_that_is_not_there_is_named(graphs: Path, tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ def spread_out() -> Spread:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            fresh = parameter.dim() > 1 or name.endswith("embedding")  # the others begin as 0 or 1 and stay near it
-            parameter.copy_(noise * fan_in**-0.5 if fresh else parameter + 0.2 * noise)
+            fresh = parameter.dim() > 1 or name.endswith("embedding")
+            if name.endswith("bias"):
+                parameter.zero_()  # PyTorch's own begin at random
+            parameter.copy_(noise * fan_in**-0.5 if fresh else parameter + 0.2 * noise)  # near 0 or 1 as it begins
         return model.eval()
 
     return fill

@@ -42,7 +42,7 @@ from edgevlm.runtimes.on_onnxruntime import OnnxRuntime
 from edgevlm.runtimes.open import RUNTIMES, open_bundle
 from edgevlm.runtimes.sampling import Sampling
 from edgevlm.runtimes.session import Float, ImageFeatures
-from edgevlm.runtimes.tuned import TunedMachine, machine_key, write_tune
+from edgevlm.runtimes.tuned import TunedMachine, machine_key, surroundings, write_tune
 from edgevlm.runtimes.video import Video
 
 L, HEADS, K, SIZE, D, CONTEXT = 2, 4, 2, 16, 32, 96  # GroupQueryAttention rotates heads of 16, 32, … only
@@ -754,7 +754,7 @@ def test_a_precision_that_the_bundle_lacks_is_refused_with_those_it_has(bundle: 
 def test_what_was_tuned_for_this_machine_is_followed_until_something_is_wished(tmp_path: Path) -> None:
     bundle = add_decoder(write_bundle(tmp_path / "tiny"), "int4", 2 * WEIGHTS["head"])
     best = Choices(encoder=PartChoice(threads=2), decoder=PartChoice(precision="int4", threads=1))
-    tuned = TunedMachine(goal="ttft", choices={"ttft": best})
+    tuned = TunedMachine(holds_for=surroundings(bundle.root), goal="ttft", choices={"ttft": best})
     write_tune(bundle.root, tuned, key=machine_key(), manifest=bundle.manifest, known=RUNTIMES)
     with open_bundle(bundle.root) as vlm:
         assert vlm.info["precisions"]["decoder_model_merged"] == "int4"

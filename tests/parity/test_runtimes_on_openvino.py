@@ -469,7 +469,11 @@ def test_info_says_what_a_measurement_must_carry(back_end: OpenVino) -> None:
     assert info == {"library": "openvino", "device": "cpu", "threads": THREADS, "computes_in": "f32"}
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda"])
+def test_the_cpu_may_be_spelled_either_way() -> None:
+    assert OpenVino(device="CPU").info["device"] == OpenVino(device="cpu").info["device"] == "cpu"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cpu:1"])
 def test_another_device_is_refused_not_replaced(device: str) -> None:
     with pytest.raises(UnsupportedError, match=f"the device cpu here, not on '{device}'"):
         OpenVino(device=device)

@@ -13,9 +13,11 @@ import pytest
 
 from edgevlm.bench import machine
 from edgevlm.bench.measurement import Repetition
-from edgevlm.bench.measuring import measure
+from edgevlm.bench.measuring import accounted_bytes, measure
 from edgevlm.bench.memory import memory_now, watch_peak
 from edgevlm.bench.workload import is_settled, prompt_of_length, repetition, scene_pictures, warm_up
+from edgevlm.bundle import read
+from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile, RowTable, TensorSpec
 from edgevlm.core.errors import BenchmarkError, UsageError
 from edgevlm.core.hardware import probe
 from edgevlm.runtimes.answer import Answer
@@ -261,3 +263,56 @@ def test_other_load_is_a_share() -> None:
     with machine.watch_other_load() as load:
         sum(range(100_000))
     assert load.share is None or 0 <= load.share <= 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "computes_in", "weights", "number"),
+    [("fp32", None, 1110, 4), ("fp16", None, 1120, 2), ("fp32", "f32", 1110, 4), ("fp32", "bf16", 1110, 2)],
+)
+def test_memory_is_accounted_for_what_was_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, computes_in: str | None, weights: int, number: int
+) -> None:
+    def part(name: str, precision: str, dtype: str = "float32", table: RowTable | None = None) -> PartFile:
+        past = (TensorSpec("past_key_values.0.key", dtype, (1, 2, "past", 8)),) if name.startswith("decoder") else ()
+        extra = (table.file,) if table else ()
+        file = f"{name}_{precision}"
+        return PartFile(
+            part=name,
+            target="onnx",
+            file=file,
+            precision=precision,
+            inputs=past,
+            outputs=(),
+            table=table,
+            extra_files=extra,
+        )
+
+    rows = RowTable(file="rows", offset=0, dtype="float32", num_rows=5, num_columns=5)
+    decoders = (part("decoder_model_merged", "fp32"), part("decoder_model_merged", "fp16", "float16"))
+    manifest = Manifest(
+        name="several",
+        family="test",
+        parts=(part("vision_encoder", "fp32"), part("embed_tokens", "fp32", table=rows), *decoders),
+        image={},
+        prompt={},
+        num_vision_tokens=1,
+        decoder=DecoderShape(3, 2, 8, 16, 32),
+        max_context=10,
+        file_bytes={
+            "vision_encoder_fp32": 1000,
+            "rows": 100,
+            "embed_tokens_fp32": 7,
+            "decoder_model_merged_fp32": 10,
+            "decoder_model_merged_fp16": 20,
+        },
+    )
+    monkeypatch.setattr("edgevlm.bench.measuring.read_bundle", lambda *_, **__: read.Bundle(tmp_path, manifest))
+    opened = {"vision_encoder": "fp32", "embed_tokens": "fp32", "decoder_model_merged": precision}
+    info = {"bundle": str(tmp_path), "precisions": opened, "computes_in": computes_in}
+    shape = manifest.decoder
+    numbers = 2 * shape.num_layers * shape.num_key_value_heads * 10 * shape.head_size
+    assert accounted_bytes(info) == (weights, numbers * number)
+
+
+def test_a_model_that_is_no_bundle_accounts_for_nothing() -> None:
+    assert accounted_bytes({"runtime": "torch"}) == (None, None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from edgevlm.bench.trial import Task, Trial, run
-from edgevlm.bench.tuning import Tried, best_choice, candidates, cost, tune_bundle, wishes_for
+from edgevlm.bench import trial, tuning
+from edgevlm.bench.trial import Task, Trial, run, try_out
+from edgevlm.bench.tuning import Tried, best_choice, candidates, choices_for, cost, tune_bundle
 from edgevlm.bundle.read import read_bundle
 from edgevlm.core.errors import BenchmarkError, UnsupportedError, UsageError
 from edgevlm.core.hardware import compute_cores
-from edgevlm.runtimes.choices import PartChoice, Wishes
+from edgevlm.runtimes.choices import Choices, PartChoice
 from edgevlm.shipped import find_bundle
 
 
-def tried(half: str, runtime: str, **trial: float | str) -> Tried:
-    return Tried(half=half, choice=PartChoice(runtime=runtime), trial=Trial(**trial))  # type: ignore[arg-type]
+def tried(half: str, runtime: str, **found: float | str) -> Tried:
+    return Tried(half=half, choice=PartChoice(runtime=runtime), trial=Trial(**found))  # type: ignore[arg-type]
 
 
 def test_each_goal_takes_what_it_wants_little_of() -> None:
@@ -36,8 +40,44 @@ def test_what_fails_the_gate_is_not_taken_however_fast() -> None:
     fast = tried("encoder", "fast", vision_ms=1.0, complaint="the gate: image_features differs")
     slow = tried("encoder", "slow", vision_ms=9.0)
     assert best_choice([fast, slow], "encoder", "ttft").runtime == "slow"
-    with pytest.raises(BenchmarkError, match=r"fast.*image_features"):
-        best_choice([fast], "encoder", "ttft")
+
+
+def test_where_nothing_passes_the_gate_there_is_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "try_out", lambda task: Trial(complaint="the gate: image_features differs"))
+    words = (
+        r"nano.bundle: nothing .* runs the encoder .*onnxruntime fp32: the gate: image_features differs.*edgevlm verify"
+    )
+    with pytest.raises(BenchmarkError, match=words) as raised:
+        tune_bundle("nano", runtimes=["onnxruntime"], rounds=1)
+    assert "decoder" not in str(raised.value)
+
+
+def test_winners_that_fail_together_leave_the_pair_that_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = PartChoice(precision="fp32", threads=1)
+    fast = PartChoice(runtime="openvino", precision="fp32", threads=1)
+    seen: list[Task] = []
+
+    def answer(task: Task) -> Trial:
+        seen.append(task)
+        return Trial(complaint="together they differ")
+
+    monkeypatch.setattr(tuning, "try_out", answer)
+    manifest = read_bundle(find_bundle("nano")).manifest
+    task = Task(folder="", choices=Choices(), judge=True, repetitions=1, max_tokens=2)
+    plan = tuning._Plan(manifest=manifest, task=task, rounds=1, report=lambda step: None)
+    halves = [Tried(half=half, choice=fast, trial=Trial(vision_ms=1.0)) for half in ("encoder", "decoder")]
+    assert plan.together(halves, "ttft") == Choices(encoder=usual, decoder=fast)
+    assert seen == [replace(task, choices=Choices(encoder=fast, decoder=fast))]
+
+
+def test_what_is_judged_first_is_timed_afterwards_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([0, 100, 900, 300])
+    monkeypatch.setattr(tuning, "try_out", lambda task: Trial(peak_bytes=next(peaks), vision_ms=float(not task.judge)))
+    manifest = read_bundle(find_bundle("nano")).manifest
+    task = Task(folder="", choices=Choices(), judge=True, repetitions=1, max_tokens=2)
+    plan = tuning._Plan(manifest=manifest, task=task, rounds=3, report=lambda step: None)
+    (found,) = plan.run("encoder", [PartChoice(threads=1)])
+    assert (found.trial.peak_bytes, found.trial.vision_ms) == (300, 1.0)
 
 
 def test_a_difference_within_the_noise_leaves_the_first() -> None:
@@ -56,9 +96,20 @@ def test_candidates_are_every_runtime_with_every_precision() -> None:
     ]
 
 
-def test_a_trial_judges_times_and_weighs() -> None:
-    task = Task(folder=str(find_bundle("nano")), wishes=Wishes(threads=1), judge=True, repetitions=1, max_tokens=4)
-    found = run(task)
+ONE_THREAD = Choices(encoder=PartChoice(threads=1), decoder=PartChoice(threads=1))
+
+
+def task_on_nano(*, judge: bool = False, choices: Choices = ONE_THREAD) -> Task:
+    return Task(folder=str(find_bundle("nano")), choices=choices, judge=judge, repetitions=1, max_tokens=4)
+
+
+def test_a_trial_times_and_weighs_in_a_process_that_no_file_of_this_folder_misleads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in ("json", "numpy", "edgevlm"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('the wrong module')")
+    found = try_out(task_on_nano())
     assert found.complaint is None
     assert found.vision_ms > 0
     assert found.prefill_ms > 0
@@ -66,15 +117,31 @@ def test_a_trial_judges_times_and_weighs() -> None:
     assert found.peak_bytes > 10e6
 
 
-def test_a_trial_that_cannot_begin_says_why() -> None:
-    task = Task(
-        folder=str(find_bundle("nano")),
-        wishes=Wishes(decoder_precision="int2"),
-        judge=False,
-        repetitions=1,
-        max_tokens=4,
-    )
-    assert "int2" in (run(task).complaint or "")
+def test_a_trial_that_judges_says_no_more_than_whether_it_passed() -> None:
+    assert run(task_on_nano(judge=True)) == Trial()
+
+
+@pytest.mark.parametrize("judge", [True, False])
+def test_a_trial_that_cannot_begin_says_why(judge: bool) -> None:
+    wrong = Choices(decoder=PartChoice(precision="int2"))
+    assert "int2" in (run(task_on_nano(judge=judge, choices=wrong)).complaint or "")
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        ("print('{')", "no result that can be read"),
+        ("print('{}'); print('[]')", "no result that can be read"),
+        ("print('{\"speed\": 1}')", "no key named 'speed'"),
+        ("raise SystemExit('one\\nlast words')", "the process ended with 1: last words"),
+        ("import os; os.kill(os.getpid(), 9)", "the process was ended by SIGKILL: without a word"),
+        ("import time; time.sleep(60)", "no result within 0 hours"),
+    ],
+)
+def test_whatever_happens_to_the_process_is_a_complaint(monkeypatch: pytest.MonkeyPatch, main: str, words: str) -> None:
+    monkeypatch.setattr(trial, "MAIN", main)
+    monkeypatch.setattr(trial, "TIMEOUT_S", 2)
+    assert words in (try_out(task_on_nano()).complaint or "")
 
 
 def test_wrong_wishes_are_refused_before_anything_is_measured() -> None:
@@ -86,13 +153,9 @@ def test_wrong_wishes_are_refused_before_anything_is_measured() -> None:
         tune_bundle("nano", runtimes=["onnx-runtime"])
 
 
-def test_a_trial_says_everything_so_that_nothing_tuned_creeps_in() -> None:
+def test_the_other_half_is_what_would_run_untuned_on_as_many_threads() -> None:
     manifest = read_bundle(find_bundle("nano")).manifest
-    found = wishes_for("encoder", PartChoice(runtime="openvino", precision="fp32", threads=1), manifest)
-    assert found == Wishes(
-        encoder_runtime="openvino",
-        decoder_runtime="onnxruntime",
-        encoder_precision="fp32",
-        decoder_precision="fp32",
-        threads=1,
-    )
+    fast = PartChoice(runtime="openvino", precision="fp32", threads=1)
+    usual = PartChoice(runtime="onnxruntime", precision="fp32", threads=1)
+    assert choices_for("encoder", fast, manifest) == Choices(encoder=fast, decoder=usual)
+    assert choices_for("decoder", fast, manifest) == Choices(encoder=usual, decoder=fast)

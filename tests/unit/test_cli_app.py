@@ -373,6 +373,19 @@ def test_steps_that_are_left_out_count_as_done(
     assert shown == ["export: 0 of 3", "  load", "export: 2 of 3", "  verify", "export: 3 of 3"]
 
 
+def test_how_far_a_step_is_is_said_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.steps("export", ("calibrate", "verify")) as begin:
+        for name in ("calibrate", "calibrate: 1 of 3", "calibrate: 2 of 3", "calibrate: 3 of 3", "verify"):
+            begin(name)
+            now += 6
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    assert shown == ["  calibrate", "  calibrate: 2 of 3", "  verify"]
+
+
 def test_progress_is_silent_when_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.settings, "quiet", True)
     with console.progress("hashing", 10) as advance:

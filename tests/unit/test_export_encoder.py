@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from edgevlm.core.errors import ConfigError, InputError, UnsupportedError
-from edgevlm.export.calibration import calibration_pixels, pictures_in
+from edgevlm.core.errors import ConfigError, DoesNotFitError, InputError, UnsupportedError
+from edgevlm.export.calibration import calibration_pixels
 from edgevlm.export.encoder_int8 import quantize_static, refuse_dynamic, rounded_weight
 from edgevlm.export.half_graph import CHUNK, half_tensor, to_half
-from edgevlm.export.ranges import Seen, best_range
+from edgevlm.export.ranges import NUM_SAMPLED, Seen, _seen, best_range
 from edgevlm.models.checkpoint import load_model
 from edgevlm.processing.processor import Processor
+from edgevlm.quant.calibration import calibration_samples, pictures_in
 
 
 def seen(sample: list[float], num_each: int = 1) -> Seen:
@@ -54,6 +56,36 @@ def test_a_rare_large_value_is_cut_and_a_frequent_one_is_not() -> None:
     assert frequent[1] == 2.0
     extremes = Seen(np.array([0.0, 2.0], np.float32), np.array(small, np.float32), 100_000)
     assert best_range(extremes)[1] < 1.5 < rare[1]
+
+
+def squares_of_any_size() -> ir.Model:
+    """``pixel_values`` [1, 3, height, width] times itself, whose sizes are known in each call alone."""
+    shape = ir.Shape([1, 3, "height", "width"])
+    source = ir.Value(name="pixel_values", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Mul", [source, source], name="square")
+    node.outputs[0].name, node.outputs[0].type = "square", ir.TensorType(ir.DataType.FLOAT)
+    return ir.Model(ir.Graph([source], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10)
+
+
+def test_a_sample_is_small_whatever_the_size_of_the_picture() -> None:
+    batches = [np.full((1, 3, side, side), value, np.float32) for side, value in ((8, 1.0), (400, 2.0))]
+    found = _seen(squares_of_any_size(), ["square"], batches)["square"]
+    small, large = 3 * 8 * 8, 3 * 400 * 400
+    assert found.extremes.tolist() == [1.0, 4.0, 1.0, 4.0]
+    assert found.sample.size <= small + 2 * NUM_SAMPLED
+    assert found.sample[:small].tolist() == small * [1.0]
+    each = np.asarray(found.num_each)
+    assert set(each[:small]) == {1}
+    assert abs(each[small:].sum() - large) <= each[-1]
+
+
+def test_a_full_disk_while_ranges_are_found_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", full)
+    with pytest.raises(DoesNotFitError, match=r"edgevlm-ranges.*TMPDIR"):
+        _seen(squares_of_any_size(), ["square"], [np.ones((1, 3, 8, 8), np.float32)])
 
 
 def test_a_tensor_of_zeros_has_a_range() -> None:
@@ -133,10 +165,11 @@ def test_calibration_reads_a_folder(processor: Processor, tmp_path: Path) -> Non
     chosen = [path.name for path in pictures_in(tmp_path, 3, 0)]
     assert chosen == sorted(chosen)
     assert len(set(chosen)) == 3
+    assert [sample.image for sample in calibration_samples(tmp_path, 3, 0)] == pictures_in(tmp_path, 3, 0)
 
 
 def test_a_folder_without_pictures_or_with_a_bad_one_is_refused(processor: Processor, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no pictures"):
+    with pytest.raises(InputError, match="holds no picture"):
         calibration_pixels(processor, tmp_path, 4, 0)
     with pytest.raises(InputError, match="is no folder"):
         calibration_pixels(processor, tmp_path / "missing", 4, 0)

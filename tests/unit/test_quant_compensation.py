@@ -84,9 +84,14 @@ def test_layers_wider_than_a_span_are_rounded_span_by_span() -> None:
 
 def test_eight_bits_take_the_squares_alone(weight: Tensor, moments: Tensor) -> None:
     squares = moments[0].diagonal()[:NUM_INPUTS]
-    for precision in ("int8-b32", "int8-dynamic"):
-        by_both = [round_weight(weight, scheme(precision), importance=each).codes for each in (moments, squares)]
-        assert torch.equal(*by_both)
+    by_both = [round_weight(weight, scheme("int8-b32"), importance=each).codes for each in (moments, squares)]
+    assert torch.equal(*by_both)
+
+
+def test_dynamic_eight_bits_are_the_same_beside_a_precision_that_is_calibrated(weight: Tensor, moments: Tensor) -> None:
+    alone, beside = (round_weight(weight, scheme("int8-dynamic"), importance=each) for each in (None, moments))
+    assert torch.equal(alone.codes, beside.codes)
+    assert torch.equal(alone.scales, beside.scales)
 
 
 def test_factor_inverts_the_damped_moments() -> None:

@@ -47,6 +47,9 @@ def test_a_provider_goes_by_its_short_name(monkeypatch: pytest.MonkeyPatch, name
 def test_a_number_picks_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, CUDA)
     assert device_of("cuda:1").providers[0] == (CUDA, {"device_id": "1"})
+    install(monkeypatch, "DmlExecutionProvider")
+    assert device_of("directml:2").providers[0][1] == {"device_id": "2"}
+    install(monkeypatch, CUDA)
     assert (device_of("cuda:1").memory, device_of("cpu").memory) == ("cuda", "cpu")
 
 
@@ -58,6 +61,14 @@ def test_a_provider_that_is_not_installed_is_missed_with_its_fix(
 ) -> None:
     install(monkeypatch)
     with pytest.raises(MissingLibraryError, match=f"which has cpu.*{fix}"):
+        device_of(name)
+
+
+@pytest.mark.parametrize("name", ["cpu:0", "CPU:1", "coreml:1"])
+def test_a_number_where_there_is_only_one_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    install(monkeypatch, "CoreMLExecutionProvider")
+    kind = name.lower().partition(":")[0]
+    with pytest.raises(UnsupportedError, match=f"{kind} takes no number, got '{name}': say {kind}"):
         device_of(name)
 
 

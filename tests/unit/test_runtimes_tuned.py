@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from edgevlm.bundle.read import Bundle
 from edgevlm.core.errors import ConfigError, MissingLibraryError, UsageError
 from edgevlm.core.hardware import Cpu, Gpu, Hardware, Jetson, Memory
 from edgevlm.runtimes.choices import Choices, PartChoice, Wishes
-from edgevlm.runtimes.tuned import TUNE_FILE, TunedMachine, machine_key, read_tunes, tuned_choices, write_tune
+from edgevlm.runtimes.tuned import (
+    TUNE_FILE,
+    TunedMachine,
+    machine_key,
+    read_tunes,
+    require_writable,
+    surroundings,
+    tuned_choices,
+    write_tune,
+)
 
 ENCODER = PartChoice(runtime="other", precision="int8", threads=3)
 DECODER = PartChoice(runtime="onnxruntime", precision="int4-b128", threads=2)
@@ -58,7 +68,8 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def tune(bundle: Bundle, key: str | None = None, **choices: Choices) -> TunedMachine:
-    tuned = TunedMachine(goal="ttft", choices={"ttft": TUNED, **choices}, date="2026-01-01")
+    found_with = surroundings(bundle.root)
+    tuned = TunedMachine(holds_for=found_with, goal="ttft", choices={"ttft": TUNED, **choices}, date="2026-01-01")
     write_tune(bundle.root, tuned, key=key or machine_key(), manifest=bundle.manifest, known=KNOWN)
     return tuned
 
@@ -83,6 +94,7 @@ def test_threads_and_precisions_replace_the_tuned_ones() -> None:
 
 def test_another_runtime_or_device_does_not_inherit_what_was_tuned() -> None:
     assert Wishes(encoder_runtime="onnxruntime").over(TUNED).encoder == PartChoice()
+    assert Wishes(device="CPU").over(TUNED).decoder == replace(DECODER, device="CPU")  # where it was tuned
     assert Wishes(device="cuda").over(TUNED).decoder == PartChoice(device="cuda")
     assert Wishes(decoder_runtime="onnxruntime").over(TUNED).decoder == DECODER  # it is the tuned one
 
@@ -139,6 +151,7 @@ def damage(bundle: Bundle, **machine: Any) -> None:
         ({"choices": {"ttft": {"encoder": {"runtime": "evil:code"}}}}, "no runtime named 'evil:code'"),
         ({"choices": {"ttft": {"encoder": {"precision": "int2"}}}}, "no vision_encoder in 'int2', but fp32, int8"),
         ({"choices": {"ttft": {"decoder": {"precision": "int8"}}}}, "no decoder_model_merged in 'int8'"),
+        ({"choices": {"ttft": {"encoder": {"device": "cuda"}}}}, "may not choose a device, found 'cuda'"),
         ({"choices": {"ttft": {"decoder": {"threads": 0}}}}, "threads must be 1 to 256"),
         ({"choices": {"ttft": {"decoder": {"threads": "2"}}}}, "threads must be int"),
         ({"choices": {"ttft": {"decoder": {"file": "../x"}}}}, "no key named 'file'"),
@@ -155,6 +168,33 @@ def test_a_damaged_file_is_one_warning_and_counts_for_nothing(
     with caplog.at_level(logging.WARNING):
         assert tuned_choices(bundle, None, known=KNOWN) is None
     assert [words in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("name", ["edgevlm", "onnxruntime", "cpu features", "bundle"])
+def test_an_entry_holds_only_where_it_was_found(bundle: Bundle, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    damage(bundle, holds_for={**surroundings(bundle.root), name: "another"})
+    with caplog.at_level(logging.WARNING):
+        assert tuned_choices(bundle, None, known=KNOWN) is None
+    assert [record.getMessage().partition(f"another {name};")[1] != "" for record in caplog.records] == [True]
+    assert "`edgevlm tune` writes it again" in caplog.text
+
+
+def test_an_entry_that_does_not_say_where_it_was_found_counts_for_nothing(bundle: Bundle) -> None:
+    damage(bundle, holds_for={})
+    assert tuned_choices(bundle, None, known=KNOWN) is None
+
+
+def test_another_bundle_in_the_folder_must_be_tuned_again(bundle: Bundle) -> None:
+    tune(bundle)
+    (bundle.root / "SHA256SUMS").write_text("another")
+    assert tuned_choices(bundle, None, known=KNOWN) is None
+
+
+def test_a_folder_that_cannot_be_written_is_told_beforehand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_writable(bundle.root)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UsageError, match="tune a copy, or give --dry-run"):
+        require_writable(bundle.root)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b"\xff", b'{"schema": 1, "machines": 3}'])

@@ -2,8 +2,9 @@
 
     python -m bench.peers.makers.openvino_folder MODEL OUT BITS [GROUP_SIZE]
 
-BITS 8 is one scale per row; BITS 4 has a scale per GROUP_SIZE inputs, embedding and head in 8 bits: the library's
-own defaults.  Runs where optimum-intel and openvino-genai are installed.
+BITS 8 is one scale per row, the library's own default.  BITS 4 has a scale per GROUP_SIZE inputs (the library's own
+default is 128), every matrix of the layers in 4 bits, embedding and head in 8.
+Runs where optimum-intel and openvino-genai are installed.
 """
 
 from __future__ import annotations

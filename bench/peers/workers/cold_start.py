@@ -44,6 +44,7 @@ def main(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "opened_ms": opened_ms,
         "first_token_ms": first_token_ms,
         "token": token,
+        "precisions": vlm.info["precisions"],
         "memory": memory,
         "peak_pss_bytes": peak.peak_bytes if peak else None,
     }

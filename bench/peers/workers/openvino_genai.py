@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.peers.workers.openvino_text import bytes_per_token
 from bench.peers.workers.serving import Answer, Serving, serve
 
 
@@ -16,6 +17,7 @@ def load(arguments: Mapping[str, Any]) -> Serving:
     """``model``: a folder of optimum-intel with a converted tokenizer."""
     openvino, genai = import_module("openvino"), import_module("openvino_genai")
     settings = {"INFERENCE_NUM_THREADS": arguments["threads"], "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    read_bytes = bytes_per_token(openvino.Core().read_model(f"{arguments['model']}/openvino_model.xml"))
     pipeline = genai.LLMPipeline(arguments["model"], "CPU", **settings)
 
     def text(request: Mapping[str, Any]) -> Answer:
@@ -32,7 +34,7 @@ def load(arguments: Mapping[str, Any]) -> Serving:
             "tokens": [int(token) for token in result.tokens[0]],
         }
 
-    return Serving({"text": text}, {"version": version("openvino-genai"), "read_bytes": None})
+    return Serving({"text": text}, {"version": version("openvino-genai"), "read_bytes": read_bytes})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class OpenVino:
         self._request = core.compile_model(model, "CPU", settings).create_infer_request()
         self._inputs = {name for value in model.inputs for name in value.get_names()}
         self._position = 0
-        self.read_bytes = _bytes_per_token(model)
+        self.read_bytes = bytes_per_token(model)
 
     def prefill(self, token_ids: Sequence[int]) -> int:
         self._request.reset_state()
@@ -65,7 +65,7 @@ def slice_before_head(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: Any) -> int:
     """All constants but the embedding's, whose rows are looked up."""
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     return sum(node.get_byte_size() for node in constants if "embed_tokens" not in node.get_friendly_name())

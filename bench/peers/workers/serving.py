@@ -7,8 +7,10 @@ here, because workers run in the environments of other projects.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -17,6 +19,8 @@ from time import perf_counter_ns
 from typing import Any, Protocol
 
 import numpy as np
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 Answer = dict[str, Any]
 Work = Callable[[Mapping[str, Any]], Answer]
@@ -49,6 +53,7 @@ def serve(load: Callable[[Mapping[str, Any]], Serving]) -> None:
 
     Whatever a library prints goes to stderr: stdout belongs to the answers.
     """
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with redirect_stdout(sys.stderr):
@@ -58,6 +63,15 @@ def serve(load: Callable[[Mapping[str, Any]], Serving]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             _say(answers, serving.work[request["do"]](request))
+
+
+def die_with_parent() -> None:
+    """On Linux: be killed when the thread that started this process ends, however it does, even while standing still.
+
+    One that nobody has stopped ends by itself when its input does: everywhere, and where the other ended before this.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def text_work(engine: TextEngine) -> dict[str, Work]:

@@ -29,6 +29,7 @@ class FastVlm:
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
         self._model.train(False)
+        self.read_bytes = bytes_per_token(self._model)
         self._processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
         self._pictures = scene_pictures(self._processor.crop_size["height"])
 
@@ -65,11 +66,20 @@ class FastVlm:
         return int(output.logits[0, -1].argmax())
 
 
+def bytes_per_token(model: Any) -> int:
+    """The decoder and its head, the embedding's row aside."""
+    decoder, head = model.model.language_model, model.get_output_embeddings().weight
+    total = sum(parameter.nbytes for parameter in decoder.parameters())
+    return int(total - decoder.get_input_embeddings().weight.nbytes + head.nbytes)
+
+
 def load(arguments: Mapping[str, Any]) -> Serving:
     """``model``: the folder of a checkpoint; ``dtype``: float32 or bfloat16."""
     engine = FastVlm(arguments["model"], arguments["dtype"], arguments["threads"])
     versions = f"{transformers.__version__} (torch {torch.__version__})"
-    return Serving({"whole": engine.whole, "encoder": engine.encoder}, {"version": versions})
+    return Serving(
+        {"whole": engine.whole, "encoder": engine.encoder}, {"version": versions, "read_bytes": engine.read_bytes}
+    )
 
 
 if __name__ == "__main__":
