@@ -78,7 +78,8 @@ def quantize_static(model: ir.Model, batches: Sequence[Float], *, depthwise: boo
 def _calls(model: ir.Model, batches: Sequence[Float]) -> list[Float]:
     """The views of ``batches`` in groups as large as the graph reads at once; a rest that fills no group is left."""
     shape = model.graph.inputs[0].shape
-    size = shape[0] if shape is not None and isinstance(shape[0], int) else 1
+    first = None if shape is None else shape[0]
+    size = first if isinstance(first, int) else 1
     groups = (batch[start : start + size] for batch in batches for start in range(0, len(batch) - size + 1, size))
     return [np.ascontiguousarray(group, np.float32) for group in groups]
 

@@ -17,7 +17,7 @@ from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile
 from edgevlm.bundle.paths import MANIFEST_FILE
 from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.core.config import to_json, to_plain
-from edgevlm.core.errors import IntegrityError, UnsupportedError
+from edgevlm.core.errors import InputError, IntegrityError, UnsupportedError
 from edgevlm.core.files import atomic_directory, write_text
 from edgevlm.core.optional import versions
 from edgevlm.export.foreign_graphs import ForeignGraph, copy_graph, find_graphs, num_layers, sizes_of
@@ -68,6 +68,8 @@ def import_bundle(
     and for a ``max_context`` beyond the model's, UsageError for one below 1, IntegrityError for files that do not
     belong together, ParityError when they are not the ``model``.
     """
+    if (Path(folder) / MANIFEST_FILE).is_file():
+        raise InputError(f"{folder} is a bundle already: open it as it is")
     found = _read(Path(folder), encoder, decoder)
     Changes(max_context=max_context).of_config(found.config)  # refuses a context that the model does not have
     with atomic_directory(Path(out), overwrite=overwrite, marker=MANIFEST_FILE) as root:

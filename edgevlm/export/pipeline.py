@@ -20,6 +20,7 @@ from edgevlm.export.target import Lowering
 from edgevlm.export.writing import Plan, Report, check_image_sizes, step_names, write_bundle
 from edgevlm.models.checkpoint import load_model
 from edgevlm.processing.chat import user_message
+from edgevlm.quant.calibration import pictures_in
 from edgevlm.verify import Verification, verify_all
 
 
@@ -113,6 +114,8 @@ def _calibration(wanted: Precisions, folder: str | Path | None, num_samples: int
         raise ConfigError(f"calibration needs at least one picture, got {num_samples}")
     if folder is not None and not wanted.calibrates:
         raise ConfigError("nothing is calibrated in these precisions: leave the folder of pictures away")
+    if folder is not None:
+        pictures_in(Path(folder), num_samples, seed)  # what is wrong with it should be known before the work begins
     return Calibration(folder=None if folder is None else Path(folder), num_samples=num_samples, seed=seed)
 
 

@@ -73,8 +73,8 @@ def precisions(encoder: str | Sequence[str], decoder: str | Sequence[str]) -> Pr
     Raises ConfigError for a name that means nothing or comes twice, UnsupportedError for one that makes no sense.
     """
     return Precisions(
-        encoder=_checked("encoder", [_encoder(name) for name in _names(encoder)]),
-        decoder=_checked("decoder", [_decoder(name) for name in _names(decoder)]),
+        encoder=_unlike("encoder", [_encoder(name) for name in _names("encoder", encoder)]),
+        decoder=_unlike("decoder", [_decoder(name) for name in _names("decoder", decoder)]),
     )
 
 
@@ -98,9 +98,11 @@ def suffixes(names: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def _names(wish: str | Sequence[str]) -> list[str]:
-    names = wish.split(",") if isinstance(wish, str) else list(wish)
-    return [name.strip() for name in names]
+def _names(half: str, wish: str | Sequence[str]) -> list[str]:
+    names = [name.strip() for name in (wish.split(",") if isinstance(wish, str) else wish)]
+    if not names or not all(names):
+        raise ConfigError(f"a precision of the {half} is empty: give one or more, joined by commas")
+    return names
 
 
 def _encoder(name: str) -> str:
@@ -118,11 +120,9 @@ def _decoder(name: str) -> str:
     return canonical(name)
 
 
-def _checked(half: str, names: list[str]) -> tuple[str, ...]:
-    if not names:
-        raise ConfigError(f"no {half} precision: give one or more, joined by commas")
+def _unlike(half: str, names: list[str]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
-        raise ConfigError(f"a {half} precision comes twice in {', '.join(names)}: each makes one file")
+        raise ConfigError(f"a precision of the {half} comes twice in {', '.join(names)}: each makes one file")
     return tuple(names)
 
 

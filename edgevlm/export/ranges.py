@@ -117,10 +117,11 @@ def _outputs(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) ->
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         source = session.get_inputs()[0].name
         try:
-            return [session.run(list(names), {source: batch}) for batch in batches]
+            found: list[Any] = [session.run(list(names), {source: batch}) for batch in batches]
+            return found
         except Exception as error:
-            found = " ".join(str(error).split())[:300]
-            raise UnsupportedError(f"the encoder cannot read a calibration picture: {found}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedError(f"the encoder cannot read a calibration picture: {reason}") from error
 
 
 def _watched(model: ir.Model, names: Sequence[str]) -> ir.Model:

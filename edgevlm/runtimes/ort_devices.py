@@ -114,7 +114,7 @@ def left_over(part: str, device: Device, nodes: Sequence[tuple[str, str]]) -> Ma
         told = ", ".join(f"{number} {kind}" for kind, number in elsewhere.most_common(NODES_TOLD))
         raise UnsupportedError(
             f"{part}: {device.provider} leaves {count} of {len(computing)} nodes to the CPU ({told}): "
-            "take another precision, or leave --device out"
+            "leave --device out, or take a precision that it computes"
         )
     return dict(elsewhere.most_common())
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from edgevlm import shipped
 from edgevlm.bundle.manifest import Manifest
 from edgevlm.bundle.read import Bundle
 from edgevlm.core.config import from_mapping, read_json, to_json
@@ -113,6 +114,10 @@ def sums_hash(root: Path) -> str | None:
 
 def require_writable(root: Path) -> None:
     """Raises UsageError where no ``tune.json`` can be written, before minutes are spent on what it would say."""
+    if root.is_relative_to(shipped.HERE):
+        raise UsageError(
+            f"{root.name} belongs to the package: tune a copy (`edgevlm export`, or cp -r), or give --dry-run"
+        )
     if root.is_dir() and not os.access(root, os.W_OK):
         raise UsageError(f"{root} may not be written, so no {TUNE_FILE} can lie there: tune a copy, or give --dry-run")
 
