@@ -58,7 +58,8 @@ def command(
         typer.Option("--image-size", help="Pixels a side; several joined by commas make one encoder for all of them."),
     ] = None,
     image_fit: Annotated[
-        str | None, typer.Option("--image-fit", help="What is done to pictures that are not square: pad, center-crop.")
+        str | None,
+        typer.Option("--image-fit", help="What is done to pictures that are not square: pad, center-crop, stretch."),
     ] = None,
     image_splitting: Annotated[
         bool | None,

@@ -101,7 +101,7 @@ def suffixes(names: Sequence[str]) -> dict[str, str | None]:
 def _names(half: str, wish: str | Sequence[str]) -> list[str]:
     names = [name.strip() for name in (wish.split(",") if isinstance(wish, str) else wish)]
     if not names or not all(names):
-        raise ConfigError(f"a precision of the {half} is empty: give one or more, joined by commas")
+        raise ConfigError(f"an empty {half} precision: give one or more, joined by commas")
     return names
 
 

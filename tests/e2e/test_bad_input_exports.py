@@ -82,7 +82,7 @@ def test_a_wrong_processor_is_told_and_how(
 def test_memory_that_runs_out_is_told(
     tmp_path: Path, tiny_checkpoint: Path, bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_out(target: object, part: object, root: Path) -> None:
+    def run_out(target: object, part: object, root: Path, *more: object) -> None:
         (root / "half").write_text("x")
         raise MemoryError
 

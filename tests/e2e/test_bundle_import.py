@@ -23,6 +23,7 @@ from edgevlm.core.errors import EdgeVLMError, InputError, IntegrityError, Parity
 from edgevlm.export.importing import import_bundle
 from edgevlm.models.checkpoint import load_model
 from edgevlm.runtimes.open import open_bundle
+from edgevlm.shipped import find_bundle
 
 Tokens = Callable[..., Path]
 TILE, QUESTION = 32, "What is it?"
@@ -276,6 +277,11 @@ def test_a_folder_that_cannot_be_imported_is_refused(
     with pytest.raises(error, match=words):
         import_bundle(graphs, tmp_path / "imported.bundle")
     assert not (tmp_path / "imported.bundle").exists()
+
+
+def test_what_is_a_bundle_already_is_not_imported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a bundle already"):
+        import_bundle(find_bundle("nano"), tmp_path / "out")
 
 
 def test_a_folder_of_links_as_hubs_caches_are_is_copied(graphs: Path, tmp_path: Path) -> None:

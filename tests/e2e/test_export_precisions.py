@@ -122,7 +122,8 @@ def test_one_precision_for_both_halves_leaves_to_the_encoder_what_it_can(
         ("fp32", "bf16", ConfigError, "not stored but computed"),
         ("bf16", "fp32", ConfigError, "openvino-bf16"),
         ("fp32", "int4,int4-b128", ConfigError, "comes twice"),
-        ("fp32,", "fp32", ConfigError, "encoder precision"),
+        ("fp32,", "fp32", ConfigError, "empty encoder precision"),
+        ("fp32", "", ConfigError, "empty decoder precision"),
         ("int8-dynamic", "fp32", UnsupportedError, "slower than"),
     ],
 )

@@ -33,13 +33,14 @@ def test_an_image_size_that_the_encoder_cannot_take_ends_with_code_3(tiny_checkp
 
 
 def test_a_bundle_without_the_config_of_its_graphs_is_read_by_its_config_json(
-    tmp_path: Path, tiny_bundle: Path
+    tmp_path: Path, tiny_bundle: Path, tiny_checkpoint: Path
 ) -> None:
     new = Path(shutil.copytree(tiny_bundle, tmp_path / "new"))
     old = Path(shutil.copytree(tiny_bundle, tmp_path / "old"))
     values = json.loads((old / "edgevlm.json").read_text())
     assert values.pop("model")["decoder"]["hidden_size"] == 64
     (old / "edgevlm.json").write_text(json.dumps({**values, "max_context": 77}))
+    shutil.copyfile(tiny_checkpoint / "config.json", old / "config.json")  # such bundles held the checkpoint's own
     (new / "config.json").write_text("{}")  # never looked at
     for folder, max_context in ((new, 128), (old, 77)):
         result = CliRunner().invoke(app, ["inspect", str(folder), "--json"])

@@ -26,6 +26,7 @@ from edgevlm.runtimes.tuned import (
     tuned_choices,
     write_tune,
 )
+from edgevlm.shipped import find_bundle
 
 ENCODER = PartChoice(runtime="other", precision="int8", threads=3)
 DECODER = PartChoice(runtime="onnxruntime", precision="int4-b128", threads=2)
@@ -195,6 +196,11 @@ def test_a_folder_that_cannot_be_written_is_told_beforehand(bundle: Bundle, monk
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UsageError, match="tune a copy, or give --dry-run"):
         require_writable(bundle.root)
+
+
+def test_what_the_package_ships_is_not_written_to() -> None:
+    with pytest.raises(UsageError, match=r"nano.bundle belongs to the package"):
+        require_writable(find_bundle("nano"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b"\xff", b'{"schema": 1, "machines": 3}'])
