@@ -63,7 +63,7 @@ class SteadyVlm:
 def vlm(monkeypatch: pytest.MonkeyPatch) -> SteadyVlm:
     """What `edgevlm bench` opens, whatever it is told to."""
     steady = SteadyVlm()
-    monkeypatch.setattr(edgevlm.runtimes.open, "open_bundle", lambda *args, **options: steady)
+    monkeypatch.setattr(edgevlm.runtimes.open, "open_as_wished", lambda *args, **options: steady)
     return steady
 
 

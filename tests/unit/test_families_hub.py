@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from edgevlm.cli.app import app
 from edgevlm.core.errors import InputError, MissingLibraryError, UnsupportedError, UsageError
-from edgevlm.export.provenance import provenance
+from edgevlm.export.precisions import precisions
+from edgevlm.export.provenance import Calibration, provenance
 from edgevlm.families.card import make_card
 from edgevlm.families.folder import ModelFolder
 from edgevlm.families.hub import find_model, hub_id
@@ -177,7 +178,7 @@ def test_a_model_of_the_hub_loads_and_says_where_it_is_from(hub: Hub) -> None:
     checkpoint = load_model(f"{REPOSITORY}@v1")
     assert (checkpoint.name, checkpoint.source, checkpoint.revision) == ("tiny-vlm", REPOSITORY, OTHER)
     served = hashlib.sha256((hub.folder / "model.safetensors").read_bytes()).hexdigest()
-    facts = provenance(checkpoint, None)
+    facts = provenance(checkpoint, None, precisions("fp32", "fp32"), Calibration())
     assert (facts["source"], facts["revision"]) == (REPOSITORY, OTHER)
     assert facts["weights"] == {"model.safetensors": served}
 
