@@ -46,6 +46,10 @@ FLAGS: Mapping[str, object] = {  # one for every field of Wishes; None is "not s
     "image_size": Annotated[
         int | None, typer.Option("--image-size", help="Pixels a side, where the bundle was exported for several sizes.")
     ],
+    "huge_pages": Annotated[
+        bool | None,
+        typer.Option("--huge-pages", help="Lay weights into huge pages: slower to open, faster to run."),
+    ],
 }
 
 

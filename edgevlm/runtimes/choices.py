@@ -49,6 +49,7 @@ class Wishes:
 
     ``runtime`` and ``device`` are for both halves, unless one has its own.  ``optimize``: the goal whose tuned choice
     is taken, one of ``GOALS``.  ``image_size``: pixels a side, one of those that the bundle was exported for.
+    ``huge_pages``: lay what was loaded into huge pages.
     """
 
     runtime: str | None = None
@@ -60,6 +61,7 @@ class Wishes:
     threads: int | None = None
     optimize: str | None = None
     image_size: int | None = None
+    huge_pages: bool | None = None
 
     def __post_init__(self) -> None:
         if self.optimize is not None and self.optimize not in GOALS:

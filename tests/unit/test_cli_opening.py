@@ -28,6 +28,7 @@ ALL = {
     "--optimize": "memory",
     "--image-size": "512",
 }
+SWITCHES = ("--huge-pages",)
 
 
 def failure(*arguments: object) -> tuple[int, str]:
@@ -41,7 +42,7 @@ def failure(*arguments: object) -> tuple[int, str]:
 def test_every_wish_has_a_flag_of_its_name() -> None:
     names = [field.name for field in fields(Wishes)]
     assert list(FLAGS) == names
-    assert set(ALL) == {f"--{name.replace('_', '-')}" for name in names}
+    assert {*ALL, *SWITCHES} == {f"--{name.replace('_', '-')}" for name in names}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -50,7 +51,7 @@ def test_every_verb_that_opens_a_bundle_has_the_flags_where_it_takes_wishes(verb
     assert set(FLAGS) <= set(parameters)
     assert "wishes" not in parameters
     text = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).stdout
-    assert all(flag in text for flag in ALL)
+    assert all(flag in text for flag in (*ALL, *SWITCHES))
 
 
 def parse(*arguments: str) -> tuple[str, Wishes, bool]:
@@ -73,9 +74,13 @@ def parse(*arguments: str) -> tuple[str, Wishes, bool]:
 
 
 def test_flags_become_wishes_and_what_is_not_said_is_none() -> None:
-    said = [word for pair in ALL.items() for word in pair]
+    said = [*(word for pair in ALL.items() for word in pair), *SWITCHES]
     values = {flag[2:].replace("-", "_"): value for flag, value in ALL.items()}
-    assert parse("nano", *said, "--loud") == ("nano", Wishes(**{**values, "threads": 3, "image_size": 512}), True)  # type: ignore[arg-type]
+    assert parse("nano", *said, "--loud") == (
+        "nano",
+        Wishes(**{**values, "threads": 3, "image_size": 512, "huge_pages": True}),
+        True,
+    )  # type: ignore[arg-type]
     assert parse("nano") == ("nano", Wishes(), False)
 
 

@@ -36,7 +36,7 @@ def load(arguments: Mapping[str, Any]) -> Serving:
     """``model``: a bundle; runtimes and precisions as ``open_bundle`` takes them."""
     manifest = read_manifest(arguments["model"])
     choices: dict[str, Any] = choices_of(arguments, manifest)
-    vlm = edgevlm.open_bundle(arguments["model"], threads=arguments["threads"], **choices)
+    vlm = edgevlm.open_bundle(arguments["model"], threads=arguments["threads"], huge_pages=True, **choices)
     files = chosen(manifest, DECODER, choices.get("decoder_precision")).files
     decoder = Decoder(vlm.session, sum(manifest.file_bytes[name] for name in files))
     work = {**text_work(decoder), **_encoder_work(vlm), **_whole_work(vlm, runs_per_step(manifest))}
