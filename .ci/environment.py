@@ -25,6 +25,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "edgevlm-installed"
 EXTRAS = "workshop,openvino,parity,dev"
+ENGINE_BUILDER = ("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", "tensorrt-cu13-bindings==11.4.0.106")  # for tests/rtx
 
 NO_ENSUREPIP = f"""\
 {sys.executable} cannot create virtual environments: its module ensurepip is missing.
@@ -70,13 +71,15 @@ def fingerprint() -> str:
 
 
 def install() -> None:
-    """Create ``.venv`` where it is missing or broken, and fill it with one pip command."""
+    """Create ``.venv`` where it is missing or broken, and fill it; what only some machines can have may fail."""
     started = time.monotonic()
     STAMP.unlink(missing_ok=True)
     if not has_pip():
         create()
-    say(f"installing edgevlm[{EXTRAS}] into .venv: once, about 1.9 GB with a CPU build of PyTorch, a minute or more")
+    say(f"installing edgevlm[{EXTRAS}] into .venv: once, about 2.2 GB with a CPU build of PyTorch, a minute or more")
     run([str(PYTHON), "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", f".[{EXTRAS}]"])
+    if not attempt([str(PYTHON), "-m", "pip", "install", "--quiet", "--no-deps", *ENGINE_BUILDER]):
+        say("no TensorRT-RTX builder for this Python or machine: the tests that build engines are skipped")
     STAMP.write_text(fingerprint())
     say(f"ready after {time.monotonic() - started:.0f} s")
 
@@ -108,10 +111,19 @@ def has_pip() -> bool:
     return PYTHON.exists() and subprocess.run([PYTHON, "-c", test], capture_output=True).returncode == 0
 
 
+def attempt(command: list[str]) -> bool:
+    """Whether the command went well; it says nothing."""
+    return subprocess.run(command, cwd=ROOT, env=settings(), capture_output=True).returncode == 0
+
+
+def settings() -> dict[str, str]:
+    """The environment of pip."""
+    return {**os.environ, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
 def run(command: list[str]) -> None:
     """Show the command's own output; when it fails, fail with its exit code."""
-    environment = {**os.environ, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    code = subprocess.run(command, cwd=ROOT, env=settings()).returncode
     if code:
         say(f"failed: {' '.join(command)}")
         say("the lines above say why; the same make command goes on from here")

@@ -200,7 +200,8 @@ def accounted_bytes(info: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if info.get("bundle") is None:
         return None, None
     manifest = read_bundle(Path(info["bundle"]), check=False).manifest
-    parts = {name: manifest.part(name, precision=precision) for name, precision in info["precisions"].items()}
+    targets = info.get("targets", {})
+    parts = {name: manifest.part(name, targets.get(name, "onnx"), one) for name, one in info["precisions"].items()}
     files = {name for part in parts.values() for name in _opened_files(part)}
     shape, number = manifest.decoder, _cache_number_bytes(parts["decoder_model_merged"], info)
     numbers = 2 * shape.num_layers * shape.num_key_value_heads * manifest.max_context * shape.head_size
@@ -216,4 +217,4 @@ def _cache_number_bytes(decoder: PartFile, info: Mapping[str, Any]) -> int:
     if info.get("computes_in") == "bf16":
         return BFLOAT16_BYTES
     kinds = {tensor.dtype for tensor in decoder.inputs if tensor.name.startswith("past_key_values.")}
-    return max(np.dtype(kind).itemsize for kind in kinds or {"float32"})
+    return max(BFLOAT16_BYTES if kind == "bfloat16" else np.dtype(kind).itemsize for kind in kinds or {"float32"})

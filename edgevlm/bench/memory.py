@@ -16,17 +16,23 @@ INTERVAL_S = 0.01
 
 @dataclass
 class Peak:
-    """The highest of ``num_samples`` readings of the counter ``kind``."""
+    """The highest of ``num_samples`` readings of the counter ``kind``.
+
+    ``system_bytes``: by how much the memory that is available on this machine fell at most, whoever took it.
+    """
 
     kind: str = "RSS"
     peak_bytes: int = 0
     num_samples: int = 0
+    system_bytes: int = 0
+    _available_bytes: int = field(default_factory=lambda: int(psutil.virtual_memory().available), repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def sample(self) -> None:
         """Read the counter once."""
         self.kind, now = memory_now()
         self.peak_bytes = max(self.peak_bytes, now)
+        self.system_bytes = max(self.system_bytes, self._available_bytes - int(psutil.virtual_memory().available))
         self.num_samples += 1
 
     def _run(self) -> None:

@@ -57,23 +57,31 @@ class Trial:
 
 def try_out(task: Task) -> Trial:
     """Run ``task`` in a process of its own; a failure of any kind becomes the trial's complaint."""
-    # It imports from where this process does, so that no file of the current folder stands in for a module.
-    command = [sys.executable, "-X", "utf8", "-c", f"import sys; sys.path[:] = {sys.path!r}; {MAIN}"]
+    answer, complaint = in_own_process(MAIN, to_json(task))
+    if complaint is not None:
+        return Trial(complaint=complaint)
     try:
-        done = subprocess.run(
-            command, input=to_json(task), capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return Trial(complaint=f"no result within {TIMEOUT_S // 3600} hours")
-    except OSError as error:
-        return Trial(complaint=f"no process could be started: {error.strerror or error}")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        return Trial(complaint=f"the process {_ending(done.returncode)}: {last}")
-    try:
-        return from_mapping(Trial, json.loads(done.stdout), strict=True, where="trial")
+        return from_mapping(Trial, json.loads(answer), strict=True, where="trial")
     except (ValueError, EdgeVLMError) as error:
         return Trial(complaint=f"the process gave no result that can be read ({error})")
+
+
+def in_own_process(main: str, request: str) -> tuple[str, str | None]:
+    """What ``main``, lines of Python, answers to ``request`` in a process of its own, or the complaint."""
+    # It imports from where this process does, so that no file of the current folder stands in for a module.
+    command = [sys.executable, "-X", "utf8", "-c", f"import sys; sys.path[:] = {sys.path!r}; {main}"]
+    try:
+        done = subprocess.run(
+            command, input=request, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"no result within {TIMEOUT_S // 3600} hours"
+    except OSError as error:
+        return "", f"no process could be started: {error.strerror or error}"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        return "", f"the process {_ending(done.returncode)}: {last}"
+    return done.stdout, None
 
 
 def run(task: Task) -> Trial:

@@ -16,12 +16,12 @@ from statistics import median
 from edgevlm.bench.machine import device, versions
 from edgevlm.bench.trial import Task, Trial, try_out
 from edgevlm.bundle.manifest import Manifest
-from edgevlm.bundle.read import read_bundle
+from edgevlm.bundle.read import Bundle, read_bundle
 from edgevlm.core.config import to_plain
 from edgevlm.core.errors import BenchmarkError, DeviceError, MissingLibraryError, UnsupportedError, UsageError
 from edgevlm.core.hardware import compute_cores
 from edgevlm.core.registry import unknown_name
-from edgevlm.runtimes.choices import GOALS, Choices, PartChoice
+from edgevlm.runtimes.choices import CHECKERS, GOALS, Choices, PartChoice, target_of, usual_choices
 from edgevlm.runtimes.open import RUNTIMES
 from edgevlm.runtimes.tuned import TunedMachine, machine_key, surroundings, write_tune
 from edgevlm.shipped import find_bundle
@@ -74,14 +74,15 @@ def tune_bundle(
     if rounds < 1 or repetitions < 1 or max_tokens < 2:
         raise UsageError("rounds and repetitions must be 1 or more, max_tokens 2 or more")
     bundle = read_bundle(find_bundle(str(path)), check=check)
-    names = _installed(list(RUNTIMES) if runtimes is None else runtimes, required=runtimes is not None)
+    usable = [name for name in RUNTIMES if name not in CHECKERS.values()]
+    names = _installed(usable if runtimes is None else runtimes, required=runtimes is not None)
     task = Task(folder=str(bundle.root), choices=Choices(), judge=True, repetitions=repetitions, max_tokens=max_tokens)
     plan = _Plan(manifest=bundle.manifest, task=task, rounds=rounds, report=report)
     tried: list[Tried] = []
     for half in HALVES:
         first = plan.run(half, list(candidates(bundle.manifest, half, names)))
         if all(one.trial.complaint is not None for one in first):
-            raise _nothing_passed(first, str(bundle.root))
+            raise _nothing_passed(half, first, bundle)
         fewer = [replace(best, threads=count) for best in _winners(first) for count in _fewer_threads()]
         tried += [*first, *plan.run(half, fewer)]
     choices = {goal: plan.together(tried, goal) for goal in GOALS}
@@ -104,11 +105,12 @@ def save(path: str | Path, tuning: Tuning) -> Path:
 
 
 def candidates(manifest: Manifest, half: str, runtimes: Sequence[str]) -> Iterator[PartChoice]:
-    """Every runtime with every precision that the bundle holds of ``half``, on all cores."""
-    precisions = [part.precision for part in manifest.parts if (part.part, part.target) == (HALVES[half], "onnx")]
+    """Every runtime with every precision that the bundle holds of ``half`` for its target, on all cores."""
     for runtime in runtimes:
-        for precision in precisions:
-            yield PartChoice(runtime=runtime, precision=precision, threads=compute_cores())
+        target = target_of(RUNTIMES.get(runtime))
+        for part in manifest.parts:
+            if (part.part, part.target) == (HALVES[half], target):
+                yield PartChoice(runtime=runtime, precision=part.precision, threads=compute_cores())
 
 
 def best_choice(tried: Sequence[Tried], half: str, goal: str) -> PartChoice:
@@ -121,10 +123,12 @@ def best_choice(tried: Sequence[Tried], half: str, goal: str) -> PartChoice:
     return next(one.choice for one in passed if cost(one, goal) <= least * CLOSE)
 
 
-def _nothing_passed(tried: Sequence[Tried], bundle: str) -> BenchmarkError:
+def _nothing_passed(half: str, tried: Sequence[Tried], bundle: Bundle) -> BenchmarkError:
+    targets = dict.fromkeys(part.target for part in bundle.manifest.parts if part.part == HALVES[half])
     complaints = "; ".join(f"{one.choice.runtime} {one.choice.precision}: {one.trial.complaint}" for one in tried)
+    complaints = complaints or f"no runtime here reads the {half} for {' or '.join(targets)}"
     return BenchmarkError(
-        f"{bundle}: nothing that is installed here runs the {tried[0].half} and passes the gate, so there is nothing "
+        f"{bundle.root}: nothing that is installed here runs the {half} and passes the gate, so there is nothing "
         f"to choose ({complaints}): `edgevlm verify` shows every stage"
     )
 
@@ -198,8 +202,9 @@ def described(choice: PartChoice) -> str:
 def choices_for(half: str, choice: PartChoice, manifest: Manifest) -> Choices:
     """``choice`` for one half, and for the other what runs where nothing was tuned, on as many threads."""
     other = "decoder" if half == "encoder" else "encoder"
-    usual = PartChoice(precision=manifest.part(HALVES[other]).precision, threads=choice.threads)
-    return Choices(**{half: choice, other: usual})
+    usual: PartChoice = getattr(usual_choices(manifest), other)
+    precision = manifest.part(HALVES[other], target_of(RUNTIMES[usual.runtime])).precision
+    return Choices(**{half: choice, other: replace(usual, precision=precision, threads=choice.threads)})
 
 
 def _median(trials: Sequence[Trial]) -> Trial:

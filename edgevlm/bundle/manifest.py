@@ -62,9 +62,11 @@ class PartFile:
     """One part of the model, lowered for ``target`` in ``precision``.
 
     ``file`` and ``extra_files`` (external weights) are relative to the bundle, with forward slashes.  ``cache``, of a
-    decoder: "shared", past and present may be one buffer of the whole context, which the graph fills in place; or
-    "grown", present is past with the new rows behind it, a tensor of its own.  ``table``, of embed_tokens: where its
-    rows lie in one of the files.
+    decoder: "shared", past and present may be one buffer of the whole context, which the graph fills in place;
+    "grown", present is past with the new rows behind it, a tensor of its own; "rows", present is the new rows alone,
+    which the runtime copies behind the past ones, and ``in_place`` among the files is a graph that spares it that.
+    ``table``, of embed_tokens: where its rows lie in one of the files.  ``kept_wide``: nodes of a float16 graph that
+    compute in float32, since their values leave float16's range.
     """
 
     part: str
@@ -74,12 +76,16 @@ class PartFile:
     extra_files: tuple[str, ...] = ()
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    cache: Literal["shared", "grown"] = "shared"
+    cache: Literal["shared", "grown", "rows"] = "shared"
+    in_place: str = ""
     table: RowTable | None = None
+    kept_wide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.table is not None and self.table.file not in self.files:
             raise ConfigError(f"the rows of {self.part} lie in {self.table.file}, which is no file of the part")
+        if self.in_place and self.in_place not in self.extra_files:
+            raise ConfigError(f"{self.in_place} writes the cache of {self.part} in place, but is no file of the part")
         if self.part not in KNOWN_PARTS:
             raise ConfigError(unknown_name("part", self.part, KNOWN_PARTS))
         if not self.target or not self.precision:

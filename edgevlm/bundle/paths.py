@@ -13,6 +13,8 @@ SUMS_FILE = "SHA256SUMS"
 GOLDEN_FOLDER = "golden"
 TENSORS_FILE = f"{GOLDEN_FOLDER}/golden.safetensors"
 META_FILE = f"{GOLDEN_FOLDER}/golden.json"
+RECIPE_FILE = "tensorrt/build.json"
+ENGINES_FOLDER = "tensorrt/engines"  # built on the device, for it alone: no file of the bundle's own
 MAX_NAME_BYTES = 240
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -58,11 +60,13 @@ def is_litter(name: str) -> bool:
 
 
 def plain_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below ``root`` as (name, path), sorted by name.
+    """Every file below ``root`` as (name, path), sorted by name; engines, which ``edgevlm build`` keeps there, apart.
 
     Raises IntegrityError for a link or anything else that is neither file nor folder.
     """
     for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix()):
+        if path.relative_to(root).as_posix().startswith(f"{ENGINES_FOLDER}/"):
+            continue  # a build in another process writes and renames there
         if path.is_symlink():
             raise IntegrityError(f"{path} is a link; a bundle holds plain files only (copy it with `cp -rL`)")
         if path.is_file():

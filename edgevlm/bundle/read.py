@@ -18,6 +18,7 @@ from edgevlm.bundle.paths import (
     GOLDEN_FOLDER,
     MANIFEST_FILE,
     META_FILE,
+    RECIPE_FILE,
     SUMS_FILE,
     TENSORS_FILE,
     check_name,
@@ -34,7 +35,7 @@ MAX_TEXT_BYTES = 16 << 20
 READ_BY_NAME = (  # beside the manifest's own files: where one stands, SHA256SUMS must cover it
     *("config.json", "generation_config.json", "preprocessor_config.json", "verify.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
-    *(META_FILE, TENSORS_FILE, f"{GOLDEN_FOLDER}/[!.]*.png"),
+    *(RECIPE_FILE, META_FILE, TENSORS_FILE, f"{GOLDEN_FOLDER}/[!.]*.png"),
 )
 
 

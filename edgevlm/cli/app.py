@@ -58,6 +58,7 @@ VERBS = (
     Verb("train", WORKSHOP, "Train a model from a recipe."),
     Verb("export", WORKSHOP, "Turn a model into a verified bundle."),
     Verb("verify", DEVICE, "Check that a bundle still is the model it was made from."),
+    Verb("build", DEVICE, "Build the TensorRT engines of a bundle on the device that runs them."),
     Verb("tune", DEVICE, "Find out what runs a bundle best here."),
     Verb("run", DEVICE, "Ask a bundle about an image, once or in a chat."),
     Verb("eval", DEVICE, "Score a bundle on exact-answer questions."),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgevlm.cli.console import Json, print_json
-from edgevlm.core.hardware import Cpu, Gpu, Hardware, Jetson, Memory, probe
-from edgevlm.core.optional import Library, installed_variants, libraries
+from edgevlm.core.hardware import Cpu, Gpu, Hardware, Memory, probe
+from edgevlm.core.jetson import Clock, Jetson, jetson_advice
+from edgevlm.core.optional import Library, installed_variants, is_installed, libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,20 @@ def advice(hardware: Hardware, onnxruntimes: tuple[str, ...]) -> tuple[str, ...]
     if hardware.cpu.usable_cores < hardware.cpu.logical_cores:
         cores = f"{hardware.cpu.usable_cores:g} of {hardware.cpu.logical_cores}"
         lines.append(f"affinity or the container's quota leaves {cores} cores: more threads than that only wait")
+    if hardware.jetson:
+        lines += jetson_advice(hardware.jetson, hardware.memory.total_bytes)
+        lines += _system_tensorrt(hardware)
     return tuple(lines)
+
+
+def _system_tensorrt(hardware: Hardware) -> list[str]:
+    """JetPack's TensorRT comes with a Python module of the system's own Python, which an environment may not see."""
+    if hardware.tensorrt is None:
+        return ["TensorRT is not installed: sudo apt install nvidia-jetpack"]
+    if is_installed("tensorrt"):
+        return []
+    command = "sudo apt install python3-libnvinfer, then python3 -m venv --system-site-packages"
+    return [f"Python does not see the system's TensorRT {hardware.tensorrt}: {command}"]
 
 
 def _print(diagnosis: Diagnosis) -> None:
@@ -80,6 +94,7 @@ def _machine_rows(hardware: Hardware) -> list[tuple[str, str]]:
         ("memory", _memory(hardware.memory)),
     ]
     rows += [("GPU", _gpu(gpu)) for gpu in hardware.gpus] or [("GPU", "none found")]
+    rows += [("TensorRT", f"{hardware.tensorrt} (the system's)")] if hardware.tensorrt else []
     return rows + (_jetson_rows(hardware.jetson) if hardware.jetson else [])
 
 
@@ -102,12 +117,29 @@ def _gpu(gpu: Gpu) -> str:
 
 def _jetson_rows(jetson: Jetson) -> list[tuple[str, str]]:
     jetpack = f" (JetPack {jetson.jetpack})" if jetson.jetpack else ""
+    locked = {True: ", locked", False: ", not locked", None: ""}[jetson.clocks_locked]
     return [
         ("Jetson", jetson.model),
+        *([("module", jetson.module)] if jetson.module else []),
         ("L4T", f"{jetson.l4t or 'unknown'}{jetpack}"),
         ("power mode", jetson.power_mode or "unknown: run `sudo nvpmodel -q`"),
+        ("GPU clock", f"{_clock(jetson.gpu_clock)}{locked}"),
+        ("CPU clock", f"{_clock(jetson.cpu_clock)}{locked}"),
+        ("memory clock", _clock(jetson.memory_clock)),
+        ("swap", f"{_gib(jetson.swap_bytes)} on disk, {_gib(jetson.zram_bytes)} compressed in memory (zram)"),
         ("CMA", f"{_gib(jetson.cma_total_bytes)} reserved, {_gib(jetson.cma_free_bytes)} free"),
     ]
+
+
+def _clock(clock: Clock) -> str:
+    """``306 MHz now, up to 612 of 1020``"""
+    if clock.now_hz is None and clock.most_hz is None:
+        return "unknown: only root reads it, or the system does not say"
+    now, most, highest = (
+        None if one is None else f"{one / 1e6:.0f}" for one in (clock.now_hz, clock.most_hz, clock.highest_hz)
+    )
+    limit = f"up to {most} of {highest}" if clock.capped else f"up to {most or highest or 'unknown'}"
+    return f"{now or 'unknown'} MHz now, {limit}"
 
 
 def _gib(count: int | None) -> str:

@@ -24,15 +24,22 @@ def command(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="Of both halves: fp32, fp16, int8, int4 (which leaves the encoder fp32)."),
+        typer.Option("--precision", help="Of both halves: fp32, fp16, int8, int4 (whose encoder stays float)."),
     ] = None,
     encoder_precision: Annotated[
         str | None,
-        typer.Option("--encoder-precision", help="fp32, fp16, int8; several joined by commas, the first the default."),
+        typer.Option(
+            "--encoder-precision",
+            help="fp32, fp16, int8, for tensorrt also bf16, fp8; several joined by commas, the first the default.",
+        ),
     ] = None,
     decoder_precision: Annotated[
         str | None,
-        typer.Option("--decoder-precision", help="fp32, fp16, int8, int8-dynamic, int4, ...; several likewise."),
+        typer.Option(
+            "--decoder-precision",
+            help="fp32, fp16, int8, int8-dynamic, int4, ..., for tensorrt fp32, fp16, bf16, int4, int8-static, fp8, "
+            "nvfp4; several likewise.",
+        ),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="A decoder of standard ONNX operators alone, for other engines.")
@@ -81,8 +88,8 @@ def command(
     from edgevlm.export.precisions import precisions
     from edgevlm.families.licence import Licence
 
-    encoder, decoder = _halves(precision, encoder_precision, decoder_precision)
-    with console.steps(f"export {model}", steps(precisions(encoder, decoder))) as begin:
+    encoder, decoder = _halves(target, precision, encoder_precision, decoder_precision)
+    with console.steps(f"export {model}", steps(precisions(encoder, decoder, target))) as begin:
         bundle = export_bundle(
             model,
             target=target,
@@ -116,14 +123,18 @@ def command(
     )
     if licence := manifest.provenance.get("licence"):
         typer.echo(f"licence of the weights: {Licence(**{**licence, 'files': tuple(licence['files'])})}")
-    typer.echo(f"next: edgevlm run {bundle} --image PICTURE --prompt QUESTION")
+    run = f"edgevlm run {bundle} --image PICTURE --prompt QUESTION"
+    builds = target == "tensorrt"
+    typer.echo(
+        f"next: copy {bundle} to the device, then: edgevlm build {bundle} && {run}" if builds else f"next: {run}"
+    )
 
 
-def _halves(both: str | None, encoder: str | None, decoder: str | None) -> tuple[str, str]:
+def _halves(target: str, both: str | None, encoder: str | None, decoder: str | None) -> tuple[str, str]:
     """The precisions of encoder and decoder; one that is given for its half counts more than one for both."""
-    from edgevlm.export.precisions import both_halves
+    from edgevlm.export.precisions import both_halves, default_precision
 
-    of_encoder, of_decoder = both_halves(both) if both else ("fp32", "fp32")
+    of_encoder, of_decoder = both_halves(both, target) if both else (default_precision(target),) * 2
     return encoder or of_encoder, decoder or of_decoder
 
 

@@ -24,7 +24,9 @@ MODEL_HELP = "Bundle folder, or a shipped name (nano); with --runtime torch the 
 FLAGS: Mapping[str, object] = {  # one for every field of Wishes; None is "not said"
     "runtime": Annotated[
         str | None,
-        typer.Option("--runtime", help="What computes, see `edgevlm targets`; default: tuned, else ONNX Runtime."),
+        typer.Option(
+            "--runtime", help="What computes, see `edgevlm targets`; default: tuned, else what the bundle is for."
+        ),
     ],
     "encoder_runtime": Annotated[
         str | None, typer.Option("--encoder-runtime", help="What computes the vision encoder alone.")

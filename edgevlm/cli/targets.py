@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -12,19 +13,27 @@ from edgevlm.cli.opening import TORCH
 from edgevlm.core.optional import fix_command, is_installed
 from edgevlm.core.registry import Registry
 
-NEEDS = {  # the libraries behind each name; what another package brings is listed without
-    "onnx": ("torch", "onnx", "onnx_ir"),
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "openvino-bf16": ("openvino",),
-    "torch": ("torch",),
+TARGET, RUNTIME = "export target", "runtime"
+NEEDS: Mapping[tuple[str, str], tuple[str, ...]] = {  # the libraries behind each; of other packages' nothing is known
+    (TARGET, "onnx"): ("torch", "onnx", "onnx_ir"),
+    (TARGET, "tensorrt"): ("torch", "onnx", "onnx_ir"),
+    (RUNTIME, "onnxruntime"): ("onnxruntime",),
+    (RUNTIME, "openvino"): ("openvino",),
+    (RUNTIME, "openvino-bf16"): ("openvino",),
+    (RUNTIME, "tensorrt"): ("tensorrt", "cuda"),
+    (RUNTIME, "tensorrt-on-cpu"): ("onnxruntime", "onnx"),
+    (RUNTIME, "torch"): ("torch",),
 }
-NOTES = {
-    "onnx": "verified against PyTorch at the end of every export",
-    "onnxruntime": "run on CPU; no other processor has been tried",
-    "openvino": "run on an x86 CPU, in float32",
-    "openvino-bf16": "run on an x86 CPU with bfloat16 instructions, which it needs",
-    "torch": "run on CPU, in float32; takes the checkpoint in place of the bundle (run, bench, eval)",
+SAME = {"tensorrt": ("tensorrt_rtx", "tensorrt_bindings")}  # what does as well
+NOTES: Mapping[tuple[str, str], str] = {
+    (TARGET, "onnx"): "verified against PyTorch at the end of every export",
+    (TARGET, "tensorrt"): "verified on the CPU at the end of every export; `edgevlm build` makes engines on the device",
+    (RUNTIME, "onnxruntime"): "run on CPU; no other processor has been tried",
+    (RUNTIME, "openvino"): "run on an x86 CPU, in float32",
+    (RUNTIME, "openvino-bf16"): "run on an x86 CPU with bfloat16 instructions, which it needs",
+    (RUNTIME, "tensorrt"): "not run on hardware yet",
+    (RUNTIME, "tensorrt-on-cpu"): "proves bundles for TensorRT without a GPU, rounding as their graphs say; slow",
+    (RUNTIME, "torch"): "run on CPU, in float32; takes the checkpoint in place of the bundle (run, bench, eval)",
 }
 
 
@@ -47,7 +56,7 @@ def command(json: Json = False) -> None:
         return
     for entry in entries:
         state = "installed" if entry.installed else f"needs: {entry.fix}"
-        typer.echo(f"{entry.kind:14} {entry.name:14} {state}" + (f"   {entry.note}" if entry.note else ""))
+        typer.echo(f"{entry.kind:14} {entry.name:16} {state}" + (f"   {entry.note}" if entry.note else ""))
 
 
 def list_entries() -> list[Entry]:
@@ -63,6 +72,10 @@ def _registry(module: str, name: str) -> Registry[object]:
 
 
 def _entry(kind: str, name: str) -> Entry:
-    missing = [library for library in NEEDS.get(name, ()) if not is_installed(library)]
+    missing = [library for library in NEEDS.get((kind, name), ()) if not any(map(is_installed, _ways_to(library)))]
     fix = fix_command(missing[0]) if missing else None
-    return Entry(kind=kind, name=name, installed=not missing, fix=fix, note=NOTES.get(name, ""))
+    return Entry(kind=kind, name=name, installed=not missing, fix=fix, note=NOTES.get((kind, name), ""))
+
+
+def _ways_to(library: str) -> tuple[str, ...]:
+    return (library, *SAME.get(library, ()))

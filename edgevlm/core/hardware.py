@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory, GPUs, and on a Jetson its power mode and reserved memory.
+"""What this machine is: processor, memory, GPUs, TensorRT, and on a Jetson what decides its speed.
 
 Read from the files and small tools of the system; no library is needed and none is imported.  Everything is
 relative to a ``root``, so a tree of files stands in for a machine in the tests.  The Jetson, macOS and GPU
@@ -11,12 +11,13 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-Tool = Callable[[Sequence[str]], "str | None"]  # a command line -> its standard output, None where it is absent
+from edgevlm.core.jetson import Jetson, Tool, jetson_model, package_version_of, read_jetson
+from edgevlm.core.system_files import field_of, kilobytes_of, number_of, text_of
 
 X86_FEATURES = (
     *("avx", "avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -60,7 +61,6 @@ MAC_FEATURES = {
     "hw.optional.avx2_0": "avx2",
     "hw.optional.avx512f": "avx512f",
 }
-JETPACK_OF_L4T = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7"}
 DRM_VENDORS = {"0x1002": "AMD", "0x8086": "Intel"}
 
 
@@ -98,24 +98,11 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jetson:
-    """What decides speed on a Jetson.
-
-    ``power_mode`` is its name (``MAXN_SUPER``) or number; CMA is memory that the kernel can hand out in one
-    piece, for devices that need it so.
-    """
-
-    model: str
-    l4t: str | None
-    jetpack: str | None
-    power_mode: str | None
-    cma_total_bytes: int | None
-    cma_free_bytes: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One machine, as `edgevlm doctor` shows it and every measurement carries it."""
+    """One machine, as `edgevlm doctor` shows it and every measurement carries it.
+
+    ``tensorrt`` is the version of the system's library, None where there is none; Python's own packages do not count.
+    """
 
     system: str
     architecture: str
@@ -125,6 +112,7 @@ class Hardware:
     memory: Memory
     gpus: tuple[Gpu, ...]
     jetson: Jetson | None
+    tensorrt: str | None = None
 
 
 def probe(root: Path = Path("/"), *, tool: Tool | None = None, system: str | None = None) -> Hardware:
@@ -135,16 +123,18 @@ def probe(root: Path = Path("/"), *, tool: Tool | None = None, system: str | Non
     tool = tool or (run_tool if root == Path("/") else _no_tool)
     system = system or platform.system()
     parts = _probe_mac(tool) if system == "Darwin" else _probe_linux(root, tool)
-    board = _text(root / "proc/device-tree/model") or _text(root / "sys/class/dmi/id/product_name")
+    board = text_of(root / "proc/device-tree/model") or text_of(root / "sys/class/dmi/id/product_name")
+    jetson = read_jetson(root, tool)
     return Hardware(
         system=system,
         architecture=platform.machine(),
-        kernel=_text(root / "proc/sys/kernel/osrelease") or platform.release(),
+        kernel=text_of(root / "proc/sys/kernel/osrelease") or platform.release(),
         board=board or None,
         cpu=parts[0],
         memory=parts[1],
-        gpus=parts[2],
-        jetson=_jetson(root, tool),
+        gpus=tuple(_of_board(gpu, jetson) for gpu in parts[2]),
+        jetson=jetson,
+        tensorrt=_tensorrt(root),
     )
 
 
@@ -180,8 +170,8 @@ def _probe_linux(root: Path, tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
 
 
 def _linux_cpu(root: Path) -> Cpu:
-    blocks = _cpuinfo(_text(root / "proc/cpuinfo"))
-    allowed = _cpu_list(_field(_text(root / "proc/self/status"), "Cpus_allowed_list"))
+    blocks = _cpuinfo(text_of(root / "proc/cpuinfo"))
+    allowed = _cpu_list(field_of(text_of(root / "proc/self/status"), "Cpus_allowed_list"))
     logical = sum("processor" in block for block in blocks) or os.cpu_count() or 1
     quota = _cpu_quota(root)
     usable = float(min(len(allowed) or logical, logical))
@@ -231,7 +221,7 @@ def _cpu_features(blocks: list[dict[str, str]]) -> tuple[str, ...]:
 
 def _physical_cores(root: Path, blocks: list[dict[str, str]]) -> int:
     """Cores without counting hyper-threads twice; 0 where neither sysfs nor /proc/cpuinfo tells."""
-    siblings = {_text(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list")}
+    siblings = {text_of(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list")}
     if siblings - {""}:
         return len(siblings - {""})
     return len({(block.get("physical id"), block["core id"]) for block in blocks if "core id" in block})
@@ -253,7 +243,7 @@ def _cpu_list(text: str) -> set[int]:
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """Every cgroup folder that may limit this process, innermost first, for version 2 and 1."""
     folders: list[Path] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if names and controller not in names.split(","):
@@ -268,9 +258,9 @@ def _cpu_quota(root: Path) -> float | None:
     """The smallest CPU quota that holds, in cores."""
     quotas = []
     for folder in _cgroup_folders(root, "cpu"):
-        words = _text(folder / "cpu.max").split() or [
-            _text(folder / "cpu.cfs_quota_us"),
-            _text(folder / "cpu.cfs_period_us"),
+        words = text_of(folder / "cpu.max").split() or [
+            text_of(folder / "cpu.cfs_quota_us"),
+            text_of(folder / "cpu.cfs_period_us"),
         ]
         if len(words) == 2 and all(word.isdigit() and int(word) for word in words):  # "max" and -1 mean no quota
             quotas.append(int(words[0]) / int(words[1]))
@@ -285,9 +275,9 @@ def _memory_limits(root: Path) -> list[tuple[int, int]]:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            limit, usage = _number(_text(folder / limit_file)), _number(_text(folder / usage_file))
+            limit, usage = number_of(text_of(folder / limit_file)), number_of(text_of(folder / usage_file))
             if limit is not None and limit < 2**60:  # version 1 writes almost 2**63 for "no limit"
-                cached = _number(_field(_text(folder / "memory.stat"), reclaimable, separator=" ")) or 0
+                cached = number_of(field_of(text_of(folder / "memory.stat"), reclaimable, separator=" ")) or 0
                 limits.append((limit, max(0, limit - max(0, (usage or 0) - cached))))
     return limits
 
@@ -296,21 +286,16 @@ def _memory_limits(root: Path) -> list[tuple[int, int]]:
 
 
 def _linux_memory(root: Path) -> Memory:
-    meminfo = _text(root / "proc/meminfo")
-    total, available = _kilobytes(meminfo, "MemTotal"), _kilobytes(meminfo, "MemAvailable")
+    meminfo = text_of(root / "proc/meminfo")
+    total, available = kilobytes_of(meminfo, "MemTotal"), kilobytes_of(meminfo, "MemAvailable")
     limits = [pair for pair in _memory_limits(root) if total is None or pair[0] < total]
     free = [pair[1] for pair in limits] + ([] if available is None else [available])
     return Memory(
         total_bytes=total,
         available_bytes=min(free, default=None),
         limit_bytes=min((pair[0] for pair in limits), default=None),
-        swap_bytes=_kilobytes(meminfo, "SwapTotal"),
+        swap_bytes=kilobytes_of(meminfo, "SwapTotal"),
     )
-
-
-def _kilobytes(meminfo: str, name: str) -> int | None:
-    number = _number(_field(meminfo, name).removesuffix("kB").strip())
-    return None if number is None else number * 1024
 
 
 # -- GPUs ---------------------------------------------------------------------------------------------------
@@ -318,9 +303,16 @@ def _kilobytes(meminfo: str, name: str) -> int | None:
 
 def _linux_gpus(root: Path, tool: Tool) -> tuple[Gpu, ...]:
     nvidia = _nvidia_smi(tool) or _nvidia_proc(root)
-    if not nvidia and (board := _jetson_model(root)):
+    if not nvidia and (board := jetson_model(root)):
         nvidia = [Gpu(name=f"{board} (integrated)", vendor="NVIDIA", shared_memory=True)]
     return (*nvidia, *_drm_gpus(root))
+
+
+def _of_board(gpu: Gpu, jetson: Jetson | None) -> Gpu:
+    """``gpu``, with the compute capability that its board is known for where the driver does not tell."""
+    if jetson is None or gpu.vendor != "NVIDIA" or gpu.compute_capability:
+        return gpu
+    return replace(gpu, compute_capability=jetson.compute_capability)
 
 
 def _nvidia_smi(tool: Tool) -> list[Gpu]:
@@ -331,7 +323,7 @@ def _nvidia_smi(tool: Tool) -> list[Gpu]:
 
 
 def _nvidia_gpu(name: str, mebibytes: str, driver: str, capability: str) -> Gpu:
-    memory = _number(mebibytes)  # "[N/A]" on a Jetson, whose GPU shares the system's memory
+    memory = number_of(mebibytes)  # "[N/A]" on a Jetson, whose GPU shares the system's memory
     return Gpu(
         name=name,
         vendor="NVIDIA",
@@ -343,53 +335,38 @@ def _nvidia_gpu(name: str, mebibytes: str, driver: str, capability: str) -> Gpu:
 
 
 def _nvidia_proc(root: Path) -> list[Gpu]:
-    version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(root / "proc/driver/nvidia/version"))
+    version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text_of(root / "proc/driver/nvidia/version"))
     driver = version[1] if version else None
     cards = sorted(root.glob("proc/driver/nvidia/gpus/*/information"))
-    return [Gpu(name=_field(_text(card), "Model") or "unknown", vendor="NVIDIA", driver=driver) for card in cards]
+    return [Gpu(name=field_of(text_of(card), "Model") or "unknown", vendor="NVIDIA", driver=driver) for card in cards]
 
 
 def _drm_gpus(root: Path) -> list[Gpu]:
-    vendors = [_text(path) for path in sorted(root.glob("sys/class/drm/card[0-9]*/device/vendor"))]
+    vendors = [text_of(path) for path in sorted(root.glob("sys/class/drm/card[0-9]*/device/vendor"))]
     names = [DRM_VENDORS[vendor] for vendor in vendors if vendor in DRM_VENDORS]
     return [Gpu(name=f"{name} graphics", vendor=name, shared_memory=name == "Intel") for name in names]
 
 
-# -- Jetson -------------------------------------------------------------------------------------------------
+# -- TensorRT -----------------------------------------------------------------------------------------------
 
 
-def _jetson_model(root: Path) -> str:
-    model = _text(root / "proc/device-tree/model")
-    return model if "jetson" in model.lower() or "nvidia" in model.lower() else ""
+def _tensorrt(root: Path) -> str | None:
+    """By the system's package, else by the header of the library."""
+    if package := package_version_of(root, r"libnvinfer\d+"):
+        return package.partition("-")[0]
+    folders = ("usr/include", "usr/include/*")
+    headers = [text_of(path) for folder in folders for path in sorted(root.glob(f"{folder}/NvInferVersion.h"))]
+    return next(filter(None, map(_header_version, headers)), None)
 
 
-def _jetson(root: Path, tool: Tool) -> Jetson | None:
-    model = _jetson_model(root)
-    release = _text(root / "etc/nv_tegra_release")
-    if not model and not release:
-        return None
-    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
-    meminfo = _text(root / "proc/meminfo")
-    return Jetson(
-        model=model or "unknown Jetson",
-        l4t=f"{match[1]}.{match[2]}" if match else None,
-        jetpack=JETPACK_OF_L4T.get(match[1]) if match else None,
-        power_mode=_power_mode(root, tool),
-        cma_total_bytes=_kilobytes(meminfo, "CmaTotal"),
-        cma_free_bytes=_kilobytes(meminfo, "CmaFree"),
-    )
-
-
-def _power_mode(root: Path, tool: Tool) -> str | None:
-    """What ``nvpmodel -q`` says, or else the saved number, with its name where /etc/nvpmodel.conf has one."""
-    if named := _field(tool(["nvpmodel", "-q"]) or "", "NV Power Mode"):
-        return named
-    match = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
-    if not match:
-        return None
-    modes = re.findall(r"POWER_MODEL\s+ID=(\d+)\s+NAME=([^\s>]+)", _text(root / "etc/nvpmodel.conf"))
-    names: dict[int, str] = {int(number): name for number, name in modes}
-    return names.get(int(match[1]), match[1].lstrip("0") or "0")
+def _header_version(header: str) -> str | None:
+    """Of ``#define NV_TENSORRT_MAJOR 10``, or of the names that these stand for since TensorRT 10.11."""
+    numbers = dict(re.findall(r"#define\s+(\w+)\s+(\d+)", header))
+    for names in ("NV_TENSORRT_{}", "TRT_{}_ENTERPRISE"):
+        words = [numbers.get(names.format(part)) for part in ("MAJOR", "MINOR", "PATCH")]
+        if None not in words:
+            return ".".join(filter(None, words))
+    return None
 
 
 # -- macOS --------------------------------------------------------------------------------------------------
@@ -397,7 +374,7 @@ def _power_mode(root: Path, tool: Tool) -> str | None:
 
 def _probe_mac(tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
     cpu = _mac_cpu(tool)
-    memory = Memory(total_bytes=_number(_sysctl(tool, "hw.memsize")), available_bytes=_mac_available(tool))
+    memory = Memory(total_bytes=number_of(_sysctl(tool, "hw.memsize")), available_bytes=_mac_available(tool))
     is_apple = cpu.model.startswith("Apple")
     return cpu, memory, (Gpu(name=f"{cpu.model} GPU", vendor="Apple", shared_memory=True),) if is_apple else ()
 
@@ -405,12 +382,12 @@ def _probe_mac(tool: Tool) -> tuple[Cpu, Memory, tuple[Gpu, ...]]:
 def _mac_cpu(tool: Tool) -> Cpu:
     setting = partial(_sysctl, tool)
     model = setting("machdep.cpu.brand_string") or "unknown"
-    logical = _number(setting("hw.logicalcpu")) or os.cpu_count() or 1
+    logical = number_of(setting("hw.logicalcpu")) or os.cpu_count() or 1
     features = dict.fromkeys(name for key, name in MAC_FEATURES.items() if setting(key) == "1")
     return Cpu(
         model=model,
         features=tuple(features),
-        physical_cores=_number(setting("hw.physicalcpu")) or logical,
+        physical_cores=number_of(setting("hw.physicalcpu")) or logical,
         logical_cores=logical,
         usable_cores=float(logical),
     )
@@ -423,32 +400,11 @@ def _sysctl(tool: Tool, name: str) -> str:
 def _mac_available(tool: Tool) -> int | None:
     text = tool(["vm_stat"]) or ""
     size = re.search(r"page size of (\d+) bytes", text)
-    pages = [_number(_field(text, f"Pages {kind}").rstrip(".")) for kind in ("free", "inactive", "speculative")]
+    pages = [number_of(field_of(text, f"Pages {kind}").rstrip(".")) for kind in ("free", "inactive", "speculative")]
     return int(size[1]) * sum(page or 0 for page in pages) if size else None
 
 
 # -- reading ------------------------------------------------------------------------------------------------
-
-
-def _text(path: Path) -> str:
-    """The stripped text of a system file, empty where there is none; device-tree strings end in a NUL."""
-    try:
-        return path.read_bytes().decode("utf-8", "replace").strip("\0 \t\n")
-    except (OSError, ValueError):
-        return ""
-
-
-def _field(text: str, name: str, separator: str = ":") -> str:
-    """The rest of the line that begins with ``name`` and the separator."""
-    for line in text.splitlines():
-        key, found, value = line.strip().partition(separator)
-        if found and key.strip() == name:
-            return value.strip()
-    return ""
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _known(text: str) -> str | None:

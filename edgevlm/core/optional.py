@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import cast
 
 from edgevlm.core.errors import MissingLibraryError
+from edgevlm.core.jetson import ROOT, read_jetson
 
 EXTRA_OF = {
     "torch": "workshop",
@@ -29,11 +30,19 @@ PACKAGE_OF = {  # where the name to import is not the name to install
     "huggingface_hub": "huggingface-hub",
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
+    "cuda": "cuda-python",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
+FIX_ON_JETSON = {  # JetPack's own: wheels from elsewhere do not fit its CUDA
+    "tensorrt": "apt install python3-libnvinfer (JetPack's own; a virtual environment needs --system-site-packages)",
 }
 # What another library imports if it is there, and does without if it is not: openvino reports every import of itself to
 # Google Analytics through this one, unless somebody opted out.
 NOT_WANTED_BY = {"openvino": "openvino_telemetry"}
-VARIANTS_OF = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")}
+VARIANTS_OF = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
+    "tensorrt": ("tensorrt", "tensorrt-rtx"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ USED_FOR = {
     "safetensors": "device: golden tensors and weights",
     "jinja2": "device: chat templates",
     "openvino": "device: runs ONNX bundles, an alternative on x86",
+    "tensorrt": "device: builds and runs TensorRT bundles on NVIDIA GPUs",
+    "cuda": "device: GPU memory and streams for TensorRT",
     "torch": "workshop: models, training",
     "transformers": "workshop: checkpoints, reference",
     "onnx": "workshop: export",
@@ -62,7 +73,7 @@ USED_FOR = {
     "onnxscript": "workshop: export",
     "huggingface_hub": "workshop: downloads",
 }
-NOT_USED_YET = ("tensorrt", "coremltools", "llama_cpp")  # shown where found, so nobody has to ask
+NOT_USED_YET = ("coremltools", "llama_cpp")  # shown where found, so nobody has to ask
 
 
 def require(module: str) -> ModuleType:
@@ -113,7 +124,9 @@ def is_installed(module: str) -> bool:
 
 
 def fix_command(module: str) -> str:
-    """The command that installs ``module``."""
+    """The command that installs ``module`` on this machine."""
+    if module in FIX_ON_JETSON and read_jetson(ROOT, lambda command: None) is not None:
+        return FIX_ON_JETSON[module]
     extra = EXTRA_OF.get(module)
     return f"pip install 'edgevlm[{extra}]'" if extra else f"pip install {PACKAGE_OF.get(module, module)}"
 

@@ -10,5 +10,7 @@ if TYPE_CHECKING:
     from edgevlm.export.target import Target
 
 TARGETS: Registry[type[Target]] = Registry(
-    "export target", {"onnx": "edgevlm.export.to_onnx:OnnxTarget"}, group="edgevlm.targets"
+    "export target",
+    {"onnx": "edgevlm.export.to_onnx:OnnxTarget", "tensorrt": "edgevlm.export.to_tensorrt:TensorRtTarget"},
+    group="edgevlm.targets",
 )

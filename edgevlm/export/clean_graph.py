@@ -28,7 +28,7 @@ def clean(model: ir.Model) -> None:
     for node in tuple(model.graph):
         if node.op_type == "MatMul":
             _scale_once(model.graph, node)
-    _drop_unused(model.graph)
+    drop_unused(model.graph)
 
 
 def _keys_transposed_by(last: ir.Node) -> ir.Value | None:
@@ -121,7 +121,7 @@ def _scale_once(graph: ir.Graph, product: ir.Node) -> None:
     product.replace_input_with(1, scaled)
 
 
-def _drop_unused(graph: ir.Graph) -> None:
+def drop_unused(graph: ir.Graph) -> None:
     """Forget nodes and weights that nobody reads, the last ones first."""
     for node in reversed(tuple(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):

@@ -2,7 +2,7 @@
 
 One graph serves prefill and decode, and only the last row reaches the head.  What a layer is stands here; the
 operators it is written in stand in a dialect: ``contrib_ops`` for ONNX Runtime and whoever knows its operators,
-``plain_ops`` for everyone else.
+``plain_ops`` for everyone else, ``typed_ops`` for TensorRT.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgevlm.export.heads import head_norm, into_heads, out_of_heads
 from edgevlm.export.matmuls import MatMuls, Projection, projection
 from edgevlm.export.parts import Part
 from edgevlm.export.plain_ops import PlainOps
+from edgevlm.export.typed_ops import TypedOps
 from edgevlm.models.decoder import Attention, DecoderLayer, GeluMlp, RMSNorm, SwiGLU
 from edgevlm.models.vlm import Vlm
 from edgevlm.quant.rounding import QuantizedWeight
@@ -32,6 +33,7 @@ LAST_INDEX = np.iinfo(np.int64).max
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
 }
 
@@ -66,12 +68,14 @@ class Dialect(Protocol):
 class Writing:
     """How a decoder is written: with the codes of ``quantized`` layers, by their paths below the Vlm, or in float.
 
-    ``plain``: in standard operators alone.  ``half``: to be turned to float16.  ``half_storage``: floats that float16
+    ``plain``: in standard operators alone.  ``typed``: so, with a kv cache that TensorRT can keep; such a part reads
+    ``write_indices`` in place of a mask.  ``half``: to be turned to float16.  ``half_storage``: floats that float16
     holds exactly are stored so.
     """
 
     quantized: Mapping[str, QuantizedWeight] = field(default_factory=lambda: MappingProxyType({}))
     plain: bool = False
+    typed: bool = False
     half: bool = False
     half_storage: bool = False
 
@@ -90,13 +94,18 @@ class DecoderAuthor:
     def __init__(self, model: Vlm, inputs: Mapping[str, ir.Value], writing: Writing) -> None:
         self.model, self.config, self.inputs = model, model.config.decoder, inputs
         self.writer = GraphWriter(half_storage=writing.half_storage)
-        self.matmuls = MatMuls(self.writer, writing.quantized, plain=writing.plain)
-        embeds, mask = inputs["inputs_embeds"], inputs["attention_mask"]
-        self.dialect: Dialect = (
-            PlainOps(self.writer, self.config, embeds, mask)
-            if writing.plain
-            else ContribOps(self.writer, self.config, embeds, mask, half=writing.half)
-        )
+        self.matmuls = MatMuls(self.writer, writing.quantized, plain=writing.plain or writing.typed)
+        self.dialect = self._dialect(writing)
+
+    def _dialect(self, writing: Writing) -> Dialect:
+        writer, config, embeds = self.writer, self.config, self.inputs["inputs_embeds"]
+        if writing.typed:
+            past = self.inputs["past_key_values.0.key"]
+            return TypedOps(writer, config, embeds, self.inputs["write_indices"], past)
+        mask = self.inputs["attention_mask"]
+        if writing.plain:
+            return PlainOps(writer, config, embeds, mask)
+        return ContribOps(writer, config, embeds, mask, half=writing.half)
 
     def write(self) -> dict[str, ir.Value]:
         """All nodes; returns the graph's outputs by name."""

@@ -18,7 +18,8 @@ Sources: Jacob et al. 2018, arXiv:1712.05877; Nagel et al. 2021, arXiv:2106.0829
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -37,12 +38,16 @@ DYNAMIC = (
 
 @dataclass(frozen=True, kw_only=True)
 class StaticReport:
-    """What became of an encoder: names of the layers in 8 bits and in float, and the range of each tensor."""
+    """What became of a graph: names of the layers in 8 bits and in float, and the range of each tensor.
+
+    ``input_scales``: of what comes into each layer in 8 bits, by its name, where codes are symmetric.
+    """
 
     quantized: tuple[str, ...]
     kept_float: tuple[str, ...]
     ranges: Mapping[str, Range]
     num_batches: int
+    input_scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def quantize_static(model: ir.Model, batches: Sequence[Float], *, depthwise: bool = False) -> StaticReport:
@@ -58,12 +63,12 @@ def quantize_static(model: ir.Model, batches: Sequence[Float], *, depthwise: boo
         raise UnsupportedError(
             f"int8 is for graphs that read pictures alone, this one reads {names}: take fp16 or fp32"
         )
-    candidates = [node for node in model.graph if _weight(node) is not None]
-    layers = [node for node in candidates if _pays(node, depthwise)]
+    candidates = [node for node in model.graph if layer_weight(node) is not None]
+    layers = [node for node in candidates if is_dense(node, depthwise) and not _reads_joined_rows(node)]
     if not layers:
         raise UnsupportedError("no convolution or product with constant weights to put in 8 bits: take fp16 or fp32")
     ranges = observed_ranges(model, list(dict.fromkeys(_seams(layers))), _calls(model, batches))
-    writer = SeamWriter(model.graph, ranges)
+    writer = SeamWriter(model.graph, {value: _scale_of(found) for value, found in ranges.items()})
     for node in layers:
         writer.quantize(node)
     writer.drop_unused_weights()
@@ -90,7 +95,7 @@ def refuse_dynamic(precision: str) -> None:
         raise UnsupportedError(DYNAMIC)
 
 
-def _weight(node: ir.Node) -> ir.Value | None:
+def layer_weight(node: ir.Node) -> ir.Value | None:
     """The constant weight of a convolution or product, if it has one."""
     if node.op_type not in WEIGHT_AXIS or node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
         return None
@@ -100,15 +105,12 @@ def _weight(node: ir.Node) -> ir.Value | None:
     return weight if node.op_type == "Conv" or len(weight.const_value.shape) == 2 else None
 
 
-def _pays(node: ir.Node, depthwise: bool) -> bool:
-    if node.op_type == "Gemm" and (node.attributes.get_float("alpha", 1.0), node.attributes.get_int("transA", 0)) != (
-        1.0,
-        0,
-    ):
-        return False
+def is_dense(node: ir.Node, depthwise: bool = False) -> bool:
+    """Whether 8 bits pay for a convolution or product with a constant weight."""
+    alpha, transposed = node.attributes.get_float("alpha", 1.0), node.attributes.get_int("transA", 0)
     if node.op_type != "Conv":
-        return not _reads_joined_rows(node)
-    weight, source = _weight(node), node.inputs[0]
+        return node.op_type == "MatMul" or (alpha, transposed) == (1.0, 0)
+    weight, source = layer_weight(node), node.inputs[0]
     assert weight is not None
     assert weight.const_value is not None
     assert source is not None
@@ -117,9 +119,9 @@ def _pays(node: ir.Node, depthwise: bool) -> bool:
     return (depthwise or not is_depthwise) and not is_gate
 
 
-def _reads_joined_rows(product: ir.Node) -> bool:
-    source = product.inputs[0]
-    producer = None if source is None else source.producer()
+def _reads_joined_rows(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    producer = None if source is None or node.op_type == "Conv" else source.producer()
     return producer is not None and producer.op_type == "Concat"
 
 
@@ -143,10 +145,15 @@ def _written(node: ir.Node) -> ir.Value:
 
 
 class SeamWriter:
-    """Puts QuantizeLinear and DequantizeLinear where layers in 8 bits begin and end."""
+    """Puts QuantizeLinear and DequantizeLinear where layers in 8 bits begin and end.
 
-    def __init__(self, graph: ir.Graph, ranges: Mapping[ir.Value, Range]) -> None:
-        self.graph, self.scales = graph, {value: _scale_of(found) for value, found in ranges.items()}
+    ``scales``: scale and zero point of every value that is rounded.
+    """
+
+    code = ir.DataType.UINT8  # of activations
+
+    def __init__(self, graph: ir.Graph, scales: Mapping[ir.Value, tuple[float, int]]) -> None:
+        self.graph, self.scales = graph, scales
         self.rounded: dict[ir.Value, ir.Value] = {}
         self.exact: dict[ir.Value, ir.Value] = {}  # and back
         self.weights: dict[tuple[ir.Value, int], tuple[ir.Value, NDArray[np.float32]]] = {}
@@ -188,9 +195,9 @@ class SeamWriter:
         scale, zero_point = self.scales[value]
         scales = [
             self._constant(np.array(scale, np.float32), f"{value.name}.scale"),
-            self._constant(np.array(zero_point, np.uint8), f"{value.name}.zero_point"),
+            self._constant(np.array(zero_point, self.code.numpy()), f"{value.name}.zero_point"),
         ]
-        codes = ir.Value(name=f"{value.name}.codes", shape=value.shape, type=ir.TensorType(ir.DataType.UINT8))
+        codes = ir.Value(name=f"{value.name}.codes", shape=value.shape, type=ir.TensorType(self.code))
         rounded = ir.Value(name=f"{value.name}.rounded", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
         nodes = [
             ir.Node("", "QuantizeLinear", [value, *scales], outputs=[codes], name=f"node.{codes.name}"),
@@ -205,8 +212,7 @@ class SeamWriter:
 
     def _weight(self, node: ir.Node, value: ir.Value) -> tuple[ir.Value, NDArray[np.float32]]:
         """The weight as rounded to int8, and its scale for each output channel."""
-        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-        axis = 0 if transposed else WEIGHT_AXIS[node.op_type]
+        axis = output_axis(node)
         if (value, axis) not in self.weights:
             assert value.const_value is not None
             codes, scale = rounded_weight(value.const_value.numpy(), axis)
@@ -225,7 +231,7 @@ class SeamWriter:
         self,
         node: ir.Node,
         value: ir.Value,
-        codes: NDArray[np.generic],
+        codes: NDArray[np.generic] | ir.TensorProtocol,
         scale: NDArray[np.float32],
         zero_point: NDArray[np.generic],
         axis: int,
@@ -242,9 +248,10 @@ class SeamWriter:
         self.graph.insert_before(node, dequantize)
         return output
 
-    def _constant(self, array: NDArray[np.generic], name: str) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    def _constant(self, numbers: NDArray[np.generic] | ir.TensorProtocol, name: str) -> ir.Value:
+        tensor = ir.tensor(numbers, name=name) if isinstance(numbers, np.ndarray) else numbers
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -253,6 +260,12 @@ class SeamWriter:
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[name]
+
+
+def output_axis(node: ir.Node) -> int:
+    """The axis of a layer's weight along which its output channels lie."""
+    is_transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    return 0 if is_transposed else WEIGHT_AXIS[node.op_type]
 
 
 def rounded_weight(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

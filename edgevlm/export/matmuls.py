@@ -3,7 +3,8 @@
 Layers that read the same rows become one product, their outputs side by side.  With ONNX Runtime's own operators codes
 go to ``MatMulNBits`` (weights alone, 4 or 8 bits) and ``DynamicQuantizeMatMul`` (8 bits, activations too), documented
 in its ContribOperators.md.  In the plain dialect they go through ``DequantizeLinear`` in blocks and ``MatMulInteger``,
-which ONNX Runtime recognizes and turns into those two.
+which ONNX Runtime recognizes and turns into those two.  4-bit floats take two ``DequantizeLinear``, one of the scales
+and one of the weights, which TensorRT reads (from 10.8) as NVFP4; they want opset 23.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgevlm.export.graph_writer import GraphWriter
+from edgevlm.quant.floats import to_e4m3
 from edgevlm.quant.rounding import QuantizedWeight
 
 CONTRIB = "com.microsoft"
@@ -105,7 +107,9 @@ class MatMuls:
         K = G * codes.group_size
         inputs = [
             self.writer.lazy(codes.transposed, (K, N), codes.dtype, f"{name}.weight_q"),
-            self.writer.lazy(lambda: codes.scales().T.copy(), (G, N), ir.DataType.FLOAT, f"{name}.weight_scales"),
+            self._float4_scales(codes, name)
+            if codes.global_scale
+            else self.writer.lazy(lambda: codes.scales().T.copy(), (G, N), ir.DataType.FLOAT, f"{name}.weight_scales"),
         ]
         if codes.has_zero_points:
             inputs.append(self.writer.lazy(codes.transposed_points, (G, N), codes.dtype, f"{name}.weight_points"))
@@ -114,6 +118,15 @@ class MatMuls:
             room = self.writer.integers(0, 0, 0, 0, 0, K - codes.num_inputs)
             hidden = self.writer.one("Pad", [hidden, room], f"{name}.filled")
         return self._plus_bias(self.writer.one("MatMul", [hidden, weight], f"{name}.product"), layers, name)
+
+    def _float4_scales(self, codes: Codes, name: str) -> ir.Value:
+        """Scales (G, N), 8-bit floats widened in the graph."""
+        assert codes.global_scale is not None
+        shape = (codes.num_groups, codes.num_outputs)
+        narrow = self.writer.lazy(codes.transposed_scales, shape, ir.DataType.FLOAT8E4M3FN, f"{name}.weight_scales_q")
+        return self.writer.one(
+            "DequantizeLinear", [narrow, self.writer.number(codes.global_scale)], f"{name}.weight_scales"
+        )
 
     def _integer(self, hidden: ir.Value, codes: Codes, layers: Sequence[Projection], name: str) -> ir.Value:
         """8 bits on both sides: round the activations, multiply whole numbers, scale."""
@@ -152,6 +165,8 @@ class Codes:
         first = weights[0]
         self._weights = weights
         self.bits, self.group_size, self.has_zero_points = first.bits, first.group_size, first.zero_points is not None
+        self.global_scale = first.global_scale
+        assert all(weight.global_scale == self.global_scale for weight in weights), "one scale for a whole decoder"
         self.num_outputs = sum(len(weight.codes) for weight in weights)
         self.num_inputs, self.num_groups = first.codes.shape[1], first.scales.shape[1]
 
@@ -162,7 +177,9 @@ class Codes:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Of the codes in ``DequantizeLinear``: unsigned beside zero points, else signed."""
+        """Of the codes in ``DequantizeLinear``: unsigned beside zero points, else signed, or a float."""
+        if self.global_scale:
+            return ir.DataType.FLOAT4E2M1
         return ir.DataType[f"{'UINT' if self.has_zero_points else 'INT'}{self.bits}"]
 
     def blocks(self) -> NDArray[np.uint8]:
@@ -186,6 +203,12 @@ class Codes:
         """``(N, G)``."""
         return torch.cat([weight.scales for weight in self._weights]).float().numpy()
 
+    def transposed_scales(self) -> NDArray[np.generic]:
+        """``(G, N)`` as E4M3 numbers, which the ``global_scale`` brings to their size."""
+        assert self.global_scale is not None
+        scales = torch.cat([weight.scales for weight in self._weights]).T / self.global_scale
+        return _array(to_e4m3(scales.contiguous()).view(torch.uint8)).view(ir.DataType.FLOAT8E4M3FN.numpy())
+
     def transposed(self) -> NDArray[np.generic]:
         """``(G · group_size, N)``, signed unless there are zero points; of 4 bits two to the byte over all of it."""
         codes = torch.zeros(self.num_groups * self.group_size, self.num_outputs, dtype=torch.uint8)
@@ -193,7 +216,7 @@ class Codes:
         for weight in self._weights:
             codes[: self.num_inputs, start : start + len(weight.codes)] = weight.codes.view(torch.uint8).T
             start += len(weight.codes)
-        if not (self.has_zero_points or self.per_channel):
+        if not (self.has_zero_points or self.per_channel or self.global_scale):
             codes ^= 1 << (self.bits - 1)  # from an offset of half the range to two's complement
         return self._flat(codes)
 

@@ -21,6 +21,7 @@ from edgevlm.export.writing import Plan, Report, check_image_sizes, step_names, 
 from edgevlm.models.checkpoint import load_model
 from edgevlm.processing.chat import user_message
 from edgevlm.quant.calibration import pictures_in
+from edgevlm.runtimes.choices import CHECKERS, RUNTIME_OF, Wishes
 from edgevlm.verify import Verification, verify_all
 
 
@@ -31,8 +32,8 @@ def export_bundle(
     out: str | Path,
     overwrite: bool = False,
     half_storage: bool = False,
-    encoder_precision: str | Sequence[str] = "fp32",
-    decoder_precision: str | Sequence[str] = "fp32",
+    encoder_precision: str | Sequence[str] | None = None,
+    decoder_precision: str | Sequence[str] | None = None,
     plain: bool = False,
     static_batch: bool = False,
     calib: str | Path | None = None,
@@ -51,7 +52,8 @@ def export_bundle(
     """Export ``model`` (folder, shipped name or hub id) to the folder ``out``, which appears only when it is whole.
 
     ``encoder_precision`` and ``decoder_precision`` are one name or several (a list, or joined by commas); each makes
-    a file, and the first is what opens by default.  ``half_storage`` stores weights that float16 holds exactly in
+    a file, and the first is what opens by default; None is what the ``target`` is usually in, fp32 for onnx and fp16
+    for tensorrt.  ``half_storage`` stores weights that float16 holds exactly in
     half the bytes, ``plain`` writes decoders of standard operators alone, ``static_batch`` encoders of one picture
     at a time.  What rounds is fitted to ``calib_samples`` pictures of the folder ``calib``, or to generated scenes
     that follow from ``seed``.  The arguments from ``revision`` on are those of ``load_model``, which see; but of
@@ -62,10 +64,11 @@ def export_bundle(
     that means nothing; DoesNotFitError when the disk is too small; ParityError when the export is not the same model:
     with ``keep`` the failed bundle then stays beside ``out`` as ``<out>.failed``.
     """
-    wanted, sides = precisions(encoder_precision, decoder_precision), _sides(image_size)
+    lowers = TARGETS[target]
+    wanted, sides = precisions(encoder_precision, decoder_precision, target), _sides(image_size)
     lowering = Lowering(half_storage=half_storage, plain=plain, static_batch=static_batch)
     plan = Plan(
-        target=TARGETS[target](lowering),
+        target=lowers(lowering),
         lowering=lowering,
         precisions=wanted,
         calibration=_calibration(wanted, calib, calib_samples, seed),
@@ -91,7 +94,7 @@ def export_bundle(
         write_bundle(checkpoint, plan, root)
         del checkpoint
         report("verify")
-        _verify(root, out, keep)
+        _verify(root, out, keep, CHECKERS.get(RUNTIME_OF.get(target, "")))
     return out
 
 
@@ -125,9 +128,13 @@ def _check_room(root: Path, out: Path, needed: int) -> None:
         raise DoesNotFitError(f"{out}: the bundle takes about {needed:,} bytes, {free:,} are free: {DISK_FULL}")
 
 
-def _verify(root: Path, out: Path, keep: bool) -> None:
-    """Run the gate on every combination and write its record; a bundle that fails stays only on request."""
-    default, *variants = (_without_place(verification) for verification in verify_all(root, check=False))
+def _verify(root: Path, out: Path, keep: bool, runtime: str | None) -> None:
+    """Run the gate on every combination and write its record; a bundle that fails stays only on request.
+
+    ``runtime``: what proves parts whose own runtime may want a device that is not here.
+    """
+    verifications = verify_all(root, wishes=Wishes(runtime=runtime), check=False)
+    default, *variants = (_without_place(verification) for verification in verifications)
     record = {**to_plain(default), "variants": [to_plain(variant) for variant in variants]}
     write_text(root / "verify.json", to_json(record))
     write_sums(root)

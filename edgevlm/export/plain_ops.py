@@ -21,17 +21,18 @@ from edgevlm.shapes.config import DecoderConfig
 UNSEEN = -32768.0  # added to the score of a key that a row may not see: the softmax gives 0, and float16 holds it
 
 
-class PlainOps:
-    """Norms, attention and SiLU of one graph whose inputs are ``embeds`` (B, T, D) and ``mask`` (B, S)."""
+class StandardOps:
+    """Norms, attention and SiLU of one graph, wherever its rows stand and whatever they see.
+
+    ``positions`` (B, T) of the rows; ``seen`` (B, 1, T, S): whether a row may look at a key.
+    """
 
     opsets: Mapping[str, int] = MappingProxyType({"": 21})
 
-    def __init__(self, writer: GraphWriter, config: DecoderConfig, embeds: ir.Value, mask: ir.Value) -> None:
+    def __init__(self, writer: GraphWriter, config: DecoderConfig, positions: ir.Value, seen: ir.Value) -> None:
         self.writer, self.config = writer, config
-        self._rows, self._total = length(writer, embeds, "rows"), length(writer, mask, "mask")
-        self._before = writer.one("Sub", [self._total, self._rows], "rows.before")
-        self._positions = self._count(mask)
-        self._hidden = self._unseen(mask)
+        self._positions = positions
+        self._hidden = self._unseen(seen)
         self._turns = self._rotary() if config.positions == "rotary" else None
 
     def positions(self) -> ir.Value:
@@ -70,36 +71,23 @@ class PlainOps:
             key, _ = self.add_norm(key, None, norms[1], f"{name}.k_norm")
         query, key = self._turned(query, f"{name}.query"), self._turned(key, f"{name}.key")
         query = writer.one("Mul", [query, writer.number(config.head_dim**-0.5)], f"{name}.query.scaled")
-        present = [
+        keys = [
             writer.one("Concat", [old, new], f"{name}.present.{kind}", axis=2)
             for old, new, kind in zip(past, (key, value), ("key", "value"), strict=True)
         ]
-        return self._mixed(query, present, name), present
+        return self._mixed(query, keys, name), self._present(keys, [key, value])
 
     def silu(self, rows: ir.Value, name: str) -> ir.Value:
         """``x · sigmoid(x)``."""
         return plain_silu(self.writer, rows, name)
 
-    def _count(self, mask: ir.Value) -> ir.Value:
-        """Positions [B, T]: of the last T rows of ``mask``, how many real ones stand before each."""
-        writer = self.writer
-        counted = writer.one("CumSum", [mask, writer.integer(1)], "mask.counted")
-        last = writer.one("Sub", [counted, writer.integer(1)], "mask.places")
-        places = writer.one("Max", [last, writer.integer(0)], "mask.positions")
-        start = writer.one("Unsqueeze", [self._before, writer.integers(0)], "rows.start")
-        end = writer.one("Unsqueeze", [self._total, writer.integers(0)], "rows.end")
-        return writer.one("Slice", [places, start, end, writer.integers(1)], "positions")
+    def _present(self, keys: list[ir.Value], new: list[ir.Value]) -> list[ir.Value]:
+        """What the kv cache gets: the ``keys`` and values that were looked at, old and ``new``."""
+        return keys
 
-    def _unseen(self, mask: ir.Value) -> ir.Value:
+    def _unseen(self, seen: ir.Value) -> ir.Value:
         """What the scores of a key head [B, 1, heads per key · T, S] get: 0 where a row may look, else ``UNSEEN``."""
         writer = self.writer
-        rows = writer.one("Range", [self._before, self._total, writer.integer(1)], "rows.numbers")
-        keys = writer.one("Range", [writer.integer(0), self._total, writer.integer(1)], "keys.numbers")
-        column = writer.one("Unsqueeze", [rows, writer.integers(1)], "rows.column")
-        causal = writer.one("LessOrEqual", [keys, column], "mask.causal")
-        real = writer.cast(mask, ir.DataType.BOOL, "mask.real")
-        wide = writer.one("Unsqueeze", [real, writer.integers(1, 2)], "mask.wide")
-        seen = writer.one("And", [wide, causal], "mask.seen")
         hidden = writer.one("Where", [seen, writer.number(0.0), writer.number(UNSEEN)], "mask.hidden")
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         return writer.one("Concat", [hidden] * group, "mask.hidden.group", axis=2) if group > 1 else hidden
@@ -154,3 +142,33 @@ class PlainOps:
         heads = writer.one("Reshape", [mixed, beside], f"{name}.mixed.heads")
         rows = writer.one("Transpose", [heads], f"{name}.mixed.rows", perm=[0, 2, 1, 3])
         return writer.one("Reshape", [rows, writer.integers(0, 0, -1)], f"{name}.mixed")
+
+
+class PlainOps(StandardOps):
+    """The same behind ``mask`` (B, S), which tells real rows from padding; of ``embeds`` (B, T, D) only T counts."""
+
+    def __init__(self, writer: GraphWriter, config: DecoderConfig, embeds: ir.Value, mask: ir.Value) -> None:
+        rows, total = length(writer, embeds, "rows"), length(writer, mask, "mask")
+        before = writer.one("Sub", [total, rows], "rows.before")
+        super().__init__(writer, config, _counted(writer, mask, before, total), _causal(writer, mask, before, total))
+
+
+def _counted(writer: GraphWriter, mask: ir.Value, before: ir.Value, total: ir.Value) -> ir.Value:
+    """Positions [B, T]: of the last T rows of ``mask``, how many real ones stand before each."""
+    counted = writer.one("CumSum", [mask, writer.integer(1)], "mask.counted")
+    last = writer.one("Sub", [counted, writer.integer(1)], "mask.places")
+    places = writer.one("Max", [last, writer.integer(0)], "mask.positions")
+    start = writer.one("Unsqueeze", [before, writer.integers(0)], "rows.start")
+    end = writer.one("Unsqueeze", [total, writer.integers(0)], "rows.end")
+    return writer.one("Slice", [places, start, end, writer.integers(1)], "positions")
+
+
+def _causal(writer: GraphWriter, mask: ir.Value, before: ir.Value, total: ir.Value) -> ir.Value:
+    """Whether a row sees a key [B, 1, T, S]: real ones up to itself."""
+    rows = writer.one("Range", [before, total, writer.integer(1)], "rows.numbers")
+    keys = writer.one("Range", [writer.integer(0), total, writer.integer(1)], "keys.numbers")
+    column = writer.one("Unsqueeze", [rows, writer.integers(1)], "rows.column")
+    causal = writer.one("LessOrEqual", [keys, column], "mask.causal")
+    real = writer.cast(mask, ir.DataType.BOOL, "mask.real")
+    wide = writer.one("Unsqueeze", [real, writer.integers(1, 2)], "mask.wide")
+    return writer.one("And", [wide, causal], "mask.seen")

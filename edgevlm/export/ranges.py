@@ -4,12 +4,14 @@ The graph runs in ONNX Runtime with a few more nodes: of every tensor in questio
 sample of its values, so that memory stays that of one picture.  The range is then chosen so that rounding to 8 bits
 costs the least squared error.  Extremes count as single values: a tensor with a few large ones, which transformers
 need, keeps them where they matter and loses them where they do not.
+
+Symmetric codes have one bound on both sides of zero; codes that are floats take the largest value as it is.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,10 +24,12 @@ from edgevlm.core.errors import UnsupportedError, translate_disk_errors
 
 Float: TypeAlias = NDArray[np.float32]
 Range: TypeAlias = tuple[float, float]
+Feed: TypeAlias = Mapping[str, NDArray[Any]]  # what a call of a graph reads, by name
 
 NUM_SAMPLED = 4096  # values of a tensor and batch
 SHARES = tuple(np.linspace(1.0, 0.3, 36).tolist())  # of the extremes, tried on each side
 LEVELS = 255
+SYMMETRIC_CODES = 127  # either side of zero
 KINDS = ("low", "high", "sample", "step")
 CONSTANTS = {
     "row": -1,
@@ -58,8 +62,25 @@ def observed_ranges(model: ir.Model, values: Sequence[ir.Value], batches: Sequen
     """
     if not batches:
         raise UnsupportedError("int8 needs pictures to find its ranges from; give at least one")
-    seen = _seen(model, [value.name or "" for value in values], batches)
-    return {value: best_range(seen[value.name or ""]) for value in values}
+    return observed(model, values, feeds_of(model, batches), best_range)
+
+
+def observed(
+    model: ir.Model,
+    values: Sequence[ir.Value],
+    feeds: Sequence[Feed],
+    choose: Callable[[Seen], Range],
+    part: str = "the encoder",
+) -> dict[ir.Value, Range]:
+    """What ``choose`` makes of each of ``values`` over ``feeds``; raises as ``observed_ranges``, of ``part``."""
+    seen = _seen_in(model, [value.name or "" for value in values], feeds, part)
+    return {value: choose(seen[value.name or ""]) for value in values}
+
+
+def feeds_of(model: ir.Model, batches: Sequence[Float]) -> list[Feed]:
+    """A feed for each of ``batches`` of the graph's only input."""
+    source = model.graph.inputs[0].name or ""
+    return [{source: batch} for batch in batches]
 
 
 def best_range(seen: Seen) -> Range:
@@ -67,8 +88,7 @@ def best_range(seen: Seen) -> Range:
 
     One side is chosen after the other.
     """
-    values = np.concatenate((seen.extremes, seen.sample))
-    weights = np.concatenate((np.ones(seen.extremes.size), np.broadcast_to(seen.num_each, seen.sample.shape)))
+    values, weights = _weighted(seen)
     low, high = min(float(seen.extremes.min()), 0.0), max(float(seen.extremes.max()), 0.0)
 
     def cost(bounds: Range) -> float:
@@ -76,6 +96,33 @@ def best_range(seen: Seen) -> Range:
 
     low, high = min(((low, high * share) for share in SHARES), key=cost)
     return min(((low * share, high) for share in SHARES), key=cost)
+
+
+def best_bound(seen: Seen) -> Range:
+    """The range (-bound, bound) whose 127 levels on either side of zero round with the least squared error."""
+    values, weights = _weighted(seen)
+    largest = float(np.abs(seen.extremes).max())
+
+    def cost(bound: float) -> float:
+        step = bound / SYMMETRIC_CODES or 1.0
+        rounded = np.clip(np.rint(values / step), -SYMMETRIC_CODES - 1, SYMMETRIC_CODES) * step
+        return float(weights @ np.square(rounded - values))
+
+    bound = min((largest * share for share in SHARES), key=cost)
+    return -bound, bound
+
+
+def largest_bound(seen: Seen) -> Range:
+    """The range (-bound, bound) that holds everything."""
+    bound = float(np.abs(seen.extremes).max())
+    return -bound, bound
+
+
+def _weighted(seen: Seen) -> tuple[Float, NDArray[np.int64]]:
+    """Extremes and sample, and for how many values each stands."""
+    values = np.concatenate((seen.extremes, seen.sample))
+    ones = np.ones(seen.extremes.size, np.int64)
+    return values, np.concatenate((ones, np.broadcast_to(seen.num_each, seen.sample.shape)))
 
 
 def _rounded(values: Float, bounds: Range) -> Float:
@@ -87,8 +134,15 @@ def _rounded(values: Float, bounds: Range) -> Float:
 
 
 def _seen(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) -> dict[str, Seen]:
-    rows = _outputs(_watched(model, names), [f"{name}.{kind}" for name in names for kind in KINDS], batches)
-    return {name: _joined(name, [row[index : index + len(KINDS)] for row in rows]) for name, index in _places(names)}
+    return _seen_in(model, names, feeds_of(model, batches), "the encoder")
+
+
+def _seen_in(model: ir.Model, names: Sequence[str], feeds: Sequence[Feed], part: str) -> dict[str, Seen]:
+    wanted = [f"{name}.{kind}" for name in names for kind in KINDS]
+    rows = list(outputs_of(_watched(model, names), wanted, feeds, part))
+    return {
+        name: _joined(name, [row[index : index + len(KINDS)] for row in rows], part) for name, index in _places(names)
+    }
 
 
 def _places(names: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -96,32 +150,38 @@ def _places(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     return zip(names, range(0, len(KINDS) * len(names), len(KINDS)), strict=True)
 
 
-def _joined(name: str, batches: Sequence[Sequence[NDArray[Any]]]) -> Seen:
+def _joined(name: str, batches: Sequence[Sequence[NDArray[Any]]], part: str) -> Seen:
     """The outputs of every batch as one."""
     low, high, samples, steps = zip(*batches, strict=True)
     extremes = np.array([*low, *high], np.float32)
     if not np.isfinite(extremes).all():
-        raise UnsupportedError(f"{name} is not finite on a calibration picture: take fp32 for this encoder")
+        raise UnsupportedError(f"{name} is not finite on a calibration picture: take fp32 for {part}")
     num_each = [np.full(sample.size, step.item()) for sample, step in zip(samples, steps, strict=True)]
     return Seen(extremes, np.concatenate(samples), np.concatenate(num_each))
 
 
-def _outputs(model: ir.Model, names: Sequence[str], batches: Sequence[Float]) -> list[list[NDArray[Any]]]:
-    """The named outputs for every batch."""
+def outputs_of(
+    model: ir.Model, names: Sequence[str], feeds: Iterable[Mapping[str, NDArray[Any]]], part: str = "the encoder"
+) -> Iterator[list[NDArray[Any]]]:
+    """The graph's outputs called ``names``, for one feed after the other.
+
+    Raises UnsupportedError, which speaks of ``part``, where ONNX Runtime cannot run the graph; DoesNotFitError on a
+    full disk.
+    """
     import onnxruntime
 
     with tempfile.TemporaryDirectory(prefix="edgevlm-ranges-") as folder:
         path = Path(folder) / "watched.onnx"
-        with translate_disk_errors(f"{folder} (TMPDIR names another place), the encoder while it is calibrated"):
+        with translate_disk_errors(f"{folder} (TMPDIR names another place), {part} while it is calibrated"):
             ir.save(model, path, external_data=f"{path.name}_data")
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        source = session.get_inputs()[0].name
         try:
-            found: list[Any] = [session.run(list(names), {source: batch}) for batch in batches]
-            return found
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            for feed in feeds:
+                found: Any = session.run(list(names), dict(feed))
+                yield found
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise UnsupportedError(f"the encoder cannot read a calibration picture: {reason}") from error
+            raise UnsupportedError(f"{part} cannot read a calibration picture: {reason}") from error
 
 
 def _watched(model: ir.Model, names: Sequence[str]) -> ir.Model:
@@ -142,16 +202,16 @@ def _watching_nodes(graph: ir.Graph, value: ir.Value, name: str) -> list[ir.Node
     The graph itself counts its values, since their number is known only then where heights and widths are free.
     """
     constants = {label: _integer(graph, f"{name}.{label}", number) for label, number in CONSTANTS.items()}
-    flat = _node("Reshape", [value, constants["row"]], f"{name}.flat")
+    flat = new_node("Reshape", [value, constants["row"]], f"{name}.flat")
     row = flat.outputs[0]
-    size = _node("Shape", [row], f"{name}.size", ir.DataType.INT64)
-    pairs = _node("Div", [size.outputs[0], constants["share"]], f"{name}.pairs", ir.DataType.INT64)
-    even = _node("Mul", [pairs.outputs[0], constants["two"]], f"{name}.even", ir.DataType.INT64)
-    step = _node("Add", [even.outputs[0], constants["one"]], f"{name}.step", ir.DataType.INT64)
+    size = new_node("Shape", [row], f"{name}.size", ir.DataType.INT64)
+    pairs = new_node("Div", [size.outputs[0], constants["share"]], f"{name}.pairs", ir.DataType.INT64)
+    even = new_node("Mul", [pairs.outputs[0], constants["two"]], f"{name}.even", ir.DataType.INT64)
+    step = new_node("Add", [even.outputs[0], constants["one"]], f"{name}.step", ir.DataType.INT64)
     bounds = [constants["from"], constants["to"], constants["axis"], step.outputs[0]]
-    low = _node("ReduceMin", [row], f"{name}.low", keepdims=0)
-    high = _node("ReduceMax", [row], f"{name}.high", keepdims=0)
-    return [flat, size, pairs, even, step, low, high, _node("Slice", [row, *bounds], f"{name}.sample")]
+    low = new_node("ReduceMin", [row], f"{name}.low", keepdims=0)
+    high = new_node("ReduceMax", [row], f"{name}.high", keepdims=0)
+    return [flat, size, pairs, even, step, low, high, new_node("Slice", [row, *bounds], f"{name}.sample")]
 
 
 def _integer(graph: ir.Graph, name: str, number: int) -> ir.Value:
@@ -161,9 +221,10 @@ def _integer(graph: ir.Graph, name: str, number: int) -> ir.Value:
     return value
 
 
-def _node(
+def new_node(
     kind: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int
 ) -> ir.Node:
+    """A node of a standard operator whose one output is called ``name``."""
     output = ir.Value(name=name, type=ir.TensorType(dtype))
     return ir.Node(
         "", kind, inputs, ir.convenience.convert_attributes(attributes), outputs=[output], name=f"node.{name}"

@@ -8,7 +8,7 @@ from edgevlm.export.precisions import Precisions
 from edgevlm.models.vlm import Vlm
 from edgevlm.quant.schemes import bits_per_weight, head_scheme, scheme_of
 
-FLOAT_BYTES = {"fp32": 4.0, "fp16": 2.0}
+FLOAT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 
 
 def bundle_bytes(model: Vlm, wanted: Precisions, *, half_storage: bool = False) -> int:
@@ -19,7 +19,8 @@ def bundle_bytes(model: Vlm, wanted: Precisions, *, half_storage: bool = False) 
     if model.fusion is not None:
         total += sum(_num_weights(model.fusion.layers) * float_bytes[precision] for precision in wanted.fusion)
     total += sum(model.embed_tokens.weight.numel() * float_bytes[precision] for precision in wanted.embedding)
-    return int(total + sum(_decoder_bytes(model, precision, float_bytes) for precision in wanted.decoder))
+    target = wanted.target
+    return int(total + sum(_decoder_bytes(model, precision, target, float_bytes) for precision in wanted.decoder))
 
 
 def _encoder_bytes(model: Vlm, precision: str, float_bytes: dict[str, float]) -> float:
@@ -28,8 +29,8 @@ def _encoder_bytes(model: Vlm, precision: str, float_bytes: dict[str, float]) ->
     return sum(_num_weights(module) for module in modules) * float_bytes.get(precision, 1.0)
 
 
-def _decoder_bytes(model: Vlm, precision: str, float_bytes: dict[str, float]) -> float:
-    scheme, head = scheme_of(precision), model.head_weight
+def _decoder_bytes(model: Vlm, precision: str, target: str, float_bytes: dict[str, float]) -> float:
+    scheme, head = scheme_of(precision, target), model.head_weight
     if scheme is None:
         return (_num_weights(model.decoder) + head.numel()) * float_bytes[precision]
     rounded = 0.0

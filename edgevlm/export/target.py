@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,17 @@ class Extras:
 
     ``quantized``: codes of a decoder, for the precisions that have some.  ``suffix``: what the file's name has behind
     the part's, None for the precision's usual one.  ``calibration``: pictures (1, 3, H, W) as the encoder gets them,
-    for an encoder in int8.
+    for an encoder in int8.  ``feeds``: inputs of the part's float32 graph, for graphs that say of every tensor which
+    type it has.  ``max_context``: rows that the decoder's kv cache may hold, by default what the model can.
+    ``tell_scales`` is told the scales of what comes into a decoder's matrices, where lowering finds them.
     """
 
     quantized: QuantizedDecoder | None = None
     suffix: str | None = None
     calibration: Sequence[NDArray[np.float32]] | None = None
+    feeds: Sequence[Mapping[str, NDArray[Any]]] = ()
+    max_context: int | None = None
+    tell_scales: Callable[[Mapping[str, float]], None] = lambda scales: None
 
 
 class Target(Protocol):

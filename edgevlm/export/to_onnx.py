@@ -60,8 +60,8 @@ class OnnxTarget:
             precision=precision,
             file=f"onnx/{name}",
             extra_files=tuple(f"onnx/{other}" for other in beside),
-            inputs=_as_written(part.inputs, graph.graph.inputs),
-            outputs=_as_written(part.outputs, graph.graph.outputs),
+            inputs=as_written(part.inputs, graph.graph.inputs),
+            outputs=as_written(part.outputs, graph.graph.outputs),
             cache="grown" if self._is_plain(part) else "shared",
             table=row_table(root, f"onnx/{name}", TABLE) if is_table else None,
         )
@@ -115,7 +115,7 @@ def _check_precision(part: Part, precision: str, known: Sequence[str]) -> None:
         raise UnsupportedError(f"{part.name} cannot be exported in {precision!r}; it can in {', '.join(known)}")
 
 
-def _as_written(specs: Sequence[TensorSpec], values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+def as_written(specs: Sequence[TensorSpec], values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     """``specs`` with the element types that the graph has by now."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     found = {value.name: names[value.dtype] for value in values if value.dtype is not None}

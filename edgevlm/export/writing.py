@@ -14,16 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgevlm.bundle.manifest import SCHEMA_VERSION, DecoderShape, ImageSize, Manifest, PartFile
+from edgevlm.bundle.recipe import write_recipe
 from edgevlm.bundle.write import write_manifest, write_sums
 from edgevlm.core.config import to_plain
 from edgevlm.export.calibration import calibration_pixels
+from edgevlm.export.engine_profiles import recipe_of
 from edgevlm.export.heads import cache_head_size
+from edgevlm.export.heard import Feeds, Heard, listen
 from edgevlm.export.parts import Part, check_free_sizes, split
 from edgevlm.export.precisions import Precisions, suffixes
 from edgevlm.export.provenance import Calibration, provenance
 from edgevlm.export.references import keep_activations, unfused_encoder
 from edgevlm.export.target import Extras, Lowering, Target
 from edgevlm.export.texts import write_texts
+from edgevlm.export.typed_ops import typed_part
 from edgevlm.families.licence import Licence, read_licence
 from edgevlm.models.as_session import TorchSession, fusion_shape
 from edgevlm.models.changes import Changes
@@ -32,6 +36,7 @@ from edgevlm.models.vlm import Vlm
 from edgevlm.quant.calibration import calibration_samples, importance
 from edgevlm.quant.decoder import QuantizedDecoder, quantize_decoder
 from edgevlm.quant.fake import fake_quantized
+from edgevlm.quant.schemes import Static
 from edgevlm.shapes.config import VlmConfig
 from edgevlm.shapes.resize import at_image_size
 from edgevlm.verify import golden
@@ -39,6 +44,8 @@ from edgevlm.verify import golden
 logger = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[str], None]
+ROUNDED_ENCODERS = ("int8", "fp8")
+FEW_SAMPLES = 8  # to see what overflows float16, with a margin
 PARTS = ("vision_encoder", "fusion", "embed_tokens", "decoder_model_merged")
 
 
@@ -62,7 +69,8 @@ class Work:
     """A checkpoint on its way into the folder ``root``.
 
     ``importance``: of each matrix's inputs, for decoders that choose their scales.  ``pixels``: pictures by which an
-    encoder finds its ranges.  ``recording``: what PyTorch computes, to which every rounding adds its own reference.
+    encoder finds its ranges.  ``heard``: what each part reads, for graphs that are typed.  ``recording``: what PyTorch
+    computes, to which every rounding adds its own reference.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +79,7 @@ class Work:
     recording: golden.Recording
     importance: Mapping[str, Tensor] | None
     pixels: list[NDArray[np.float32]] | None
+    heard: Heard | None
 
     def lower(self, part: Part) -> Iterator[PartFile]:
         """The part in every precision."""
@@ -81,8 +90,8 @@ class Work:
 
     def _traced(self, part: Part, precision: str) -> PartFile:
         """An encoder, its fusion, or the embedding."""
-        rounds = precision == "int8"
-        extras = Extras(calibration=self.pixels if rounds else None)
+        rounds = part.name == "vision_encoder" and precision in ROUNDED_ENCODERS
+        extras = Extras(calibration=self.pixels if rounds else None, feeds=self._feeds(part))
         file = self.plan.target.lower(part, self.root, precision, extras)
         if rounds:
             self.recording.add_encoder(precision, unfused_encoder(self.root, file))
@@ -90,20 +99,34 @@ class Work:
 
     def _decoder(self, part: Part, precision: str) -> PartFile:
         """One copy of the weights at a time: codes, packed and then kept only as the reference's weights."""
-        quantized = self._quantized(precision)
-        suffix = suffixes(self.plan.precisions.decoder)[precision]
-        file = self.plan.target.lower(part, self.root, precision, Extras(quantized=quantized, suffix=suffix))
+        static = isinstance(self.plan.precisions.schemes.get(precision), Static)
+        scales = dict[str, float]()
+        quantized = None if static else self._quantized(precision)
+        extras = Extras(
+            quantized=quantized,
+            suffix=suffixes(self.plan.precisions.decoder)[precision],
+            feeds=self._feeds(typed_part(part)),
+            max_context=self.checkpoint.max_context,
+            tell_scales=scales.update,
+        )
+        file = self.plan.target.lower(part, self.root, precision, extras)
+        if static:  # codes are written by the ranges that lowering finds; the reference rounds by the same
+            quantized = self._quantized(precision, scales)
         if quantized is not None:
             reference = fake_quantized(self.checkpoint.model, quantized)
-            del quantized  # as many bytes as there are weights
+            del quantized, extras  # as many bytes as there are weights
             self.recording.add_decoder(precision, self._session(reference))
             self.recording.add_decoder(golden.unrounded(precision), self._session(keep_activations(reference)))
         return file
 
+    def _feeds(self, part: Part) -> Sequence[Feeds]:
+        return () if self.heard is None else self.heard.feeds(part)
+
     def _session(self, model: Vlm) -> TorchSession:
         return TorchSession(model, max_context=self.checkpoint.max_context or None)
 
-    def _quantized(self, precision: str) -> QuantizedDecoder | None:
+    def _quantized(self, precision: str, scales: Mapping[str, float] | None = None) -> QuantizedDecoder | None:
+        """The decoder's codes; ``scales`` are those of activations that are rounded by scales found once."""
         if precision not in self.plan.precisions.schemes:
             return None
         step = step_name("decoder_model_merged", precision)
@@ -111,7 +134,14 @@ class Work:
         def report(done: int, total: int) -> None:
             self.plan.report(f"{step}: {done / total:.0%}")
 
-        return quantize_decoder(self.checkpoint.model, precision, importance=self.importance, report=report)
+        return quantize_decoder(
+            self.checkpoint.model,
+            precision,
+            target=self.plan.precisions.target,
+            importance=self.importance,
+            input_scales=scales,
+            report=report,
+        )
 
 
 def step_name(part: str, precision: str) -> str:
@@ -146,6 +176,8 @@ def write_bundle(checkpoint: Checkpoint, plan: Plan, root: Path) -> None:
     work = _calibrated(sized, plan, root, recording)
     files = [file for part in parts for file in work.lower(part)]
     write_texts(checkpoint, root, licence, files)
+    if plan.precisions.is_typed:
+        write_recipe(root, recipe_of(files, checkpoint.max_context, plan.image_sizes))
     write_manifest(root, replace(_manifest(checkpoint, files, plan, licence), image_sizes=_image_sizes(sized)))
     recording.save(root)
     write_sums(root)
@@ -170,17 +202,36 @@ def _calibrated(sized: Sequence[Checkpoint], plan: Plan, root: Path, recording: 
     checkpoint, precisions, calibration = sized[0], plan.precisions, plan.calibration
     if precisions.calibrates:
         plan.report("calibrate")
-    pixels = None
-    if "int8" in precisions.encoder:
-        source = (calibration.folder, calibration.num_samples, calibration.seed)
+    pixels = heard = None
+    if precisions.rounds_encoder or precisions.listens:
+        source = (calibration.folder, _num_heard(plan), calibration.seed)
         pixels = [pixels for one in sized for pixels in calibration_pixels(one.processor, *source)]
+
+    def report(done: int, total: int) -> None:
+        plan.report(f"calibrate: {done} of {total}")
+
+    if precisions.listens:
+        samples = calibration_samples(calibration.folder, _num_heard(plan), calibration.seed)
+        heard = listen(checkpoint, samples, pixels or (), report)
     counts = None
     if precisions.search:
         samples = calibration_samples(calibration.folder, calibration.num_samples, calibration.seed)
-        counts = importance(
-            checkpoint, samples, report=lambda done, total: plan.report(f"calibrate: {done} of {total}")
-        )
-    return Work(checkpoint=checkpoint, plan=plan, root=root, recording=recording, importance=counts, pixels=pixels)
+        counts = importance(checkpoint, samples, report=report)
+    return Work(
+        checkpoint=checkpoint,
+        plan=plan,
+        root=root,
+        recording=recording,
+        importance=counts,
+        pixels=pixels,
+        heard=heard,
+    )
+
+
+def _num_heard(plan: Plan) -> int:
+    """How many pictures the ranges of values are looked up on: where none of them is rounded by, a few will do."""
+    num = plan.calibration.num_samples
+    return num if plan.precisions.rounds_encoder or plan.precisions.rounds_activations else min(num, FEW_SAMPLES)
 
 
 def _release(*models: Vlm) -> None:

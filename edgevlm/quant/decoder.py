@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from edgevlm.core.errors import ConfigError
 from edgevlm.models.decoder import DecoderLayer
 from edgevlm.models.vlm import Vlm
+from edgevlm.quant.floats import global_scale
 from edgevlm.quant.rounding import QuantizedWeight, round_weight
-from edgevlm.quant.schemes import Scheme, canonical, scheme_of
+from edgevlm.quant.schemes import Float4, Scheme, Static, canonical, scheme_of
 from edgevlm.shapes.config import DecoderConfig
 
 HEAD = "lm_head"
@@ -23,12 +25,14 @@ Report = Callable[[int, int], None]  # told (weights done, weights in all) after
 class QuantizedDecoder:
     """The rounded matrices by their module's path below the ``Vlm``; what is not in ``weights`` stays float.
 
-    ``"lm_head"`` is there also when the head is tied to the embedding, which is not rounded.
+    ``"lm_head"`` is there also when the head is tied to the embedding, which is not rounded.  ``input_scales``: of the
+    activations that come into each matrix, where the scheme is ``Static``.
     """
 
     precision: str  # canonical
     scheme: Scheme
     weights: Mapping[str, QuantizedWeight]
+    input_scales: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def num_bytes(self) -> int:
@@ -40,25 +44,38 @@ def quantize_decoder(
     model: Vlm,
     precision: str,
     *,
+    target: str = "onnx",
     importance: Mapping[str, Tensor] | None = None,
+    input_scales: Mapping[str, float] | None = None,
     report: Report = lambda done, total: None,
 ) -> QuantizedDecoder:
-    """Round every matrix of ``linear_layers`` and the head as ``precision`` says.
+    """Round every matrix of ``linear_layers`` and the head as ``precision`` says for ``target``.
 
     ``importance`` gives each matrix's inputs their weights (``edgevlm.quant.calibration``); what it lacks is rounded
-    without.  Raises ConfigError for a precision that is unknown or rounds nothing, and for weights that are not finite.
+    without.  A ``Static`` scheme rounds the matrices that ``input_scales`` names, which calibrating the graph gave.
+    Raises ConfigError for a precision that is unknown or rounds nothing, for weights that are not finite, and for a
+    ``Static`` scheme without scales.
     """
-    scheme = scheme_of(precision)
+    scheme = scheme_of(precision, target)
     if scheme is None:
         raise ConfigError(f"precision {precision} rounds nothing; ask for int4, int8 or int8-dynamic")
     matrices = dict(quantized_matrices(model))
+    if isinstance(scheme, Static):
+        if not input_scales:
+            raise ConfigError(f"precision {precision} needs the scales of activations: calibrate the graph first")
+        matrices = {path: _matrix(model, path) for path in input_scales}
+    if isinstance(scheme, Float4):
+        largest = max(float(weight.detach().abs().max()) for weight in matrices.values())
+        scheme = replace(scheme, global_scale=global_scale(largest))
     total, done = sum(weight.numel() for weight in matrices.values()), 0
     weights: dict[str, QuantizedWeight] = {}
     for path, weight in matrices.items():
         weights[path] = _rounded(path, weight, scheme, (importance or {}).get(path))
         done += weight.numel()
         report(done, total)
-    return QuantizedDecoder(precision=canonical(precision), scheme=scheme, weights=weights)
+    return QuantizedDecoder(
+        precision=canonical(precision), scheme=scheme, weights=weights, input_scales=input_scales or {}
+    )
 
 
 def quantized_matrices(model: Vlm) -> Iterator[tuple[str, Tensor]]:
@@ -86,6 +103,14 @@ def heads_fit_graph(config: DecoderConfig) -> bool:
     graph, which moves weights between groups, so such a model's attention keeps float weights.
     """
     return config.head_dim % (16 if config.positions == "rotary" else 8) == 0
+
+
+def _matrix(model: Vlm, path: str) -> Tensor:
+    if path == HEAD:
+        return model.head_weight
+    layer = model.get_submodule(path)
+    assert isinstance(layer, nn.Linear), path
+    return layer.weight
 
 
 def _rounded(path: str, weight: Tensor, scheme: Scheme, importance: Tensor | None) -> QuantizedWeight:

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from edgevlm.models.decoder import Decoder
 from edgevlm.models.vlm import Vlm
 from edgevlm.quant.decoder import HEAD, QuantizedDecoder
+from edgevlm.quant.floats import to_e4m3
 from edgevlm.quant.rounding import QuantizedWeight
-from edgevlm.quant.schemes import DynamicInt8, Scheme
+from edgevlm.quant.schemes import DynamicInt8, Float4, Scheme, Static
 
-INT8_LARGEST, UINT8_LARGEST = 127, 255
+INT8_LOWEST, INT8_LARGEST, UINT8_LARGEST = -128, 127, 255
 
 
 def fake_quantized(model: Vlm, quantized: QuantizedDecoder) -> Vlm:
@@ -43,9 +44,11 @@ class FakeQuantizedVlm(Vlm):
         self.decoder = _shared_copy(model.decoder)
         for path, weight in quantized.weights.items():
             if path != HEAD:
-                self.set_submodule(path, _like(self.get_submodule(path), weight, quantized.scheme))
+                layer = self.get_submodule(path)
+                assert isinstance(layer, nn.Linear)
+                self.set_submodule(path, _rounded(quantized, path, weight, layer.bias))
         head = quantized.weights.get(HEAD)
-        self.lm_head = model.lm_head if head is None else RoundedLinear(head, None, quantized.scheme)
+        self.lm_head = model.lm_head if head is None else _rounded(quantized, HEAD, head, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, D) to logits (…, V), through a head that rounds its inputs, too."""
@@ -53,20 +56,41 @@ class FakeQuantizedVlm(Vlm):
 
 
 class RoundedLinear(nn.Linear):
-    """A linear layer of rounded weights that rounds its inputs first."""
+    """A linear layer of rounded weights that rounds its inputs first, if kernels of its scheme do.
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, scheme: Scheme) -> None:
+    ``input_scale``: of the inputs, where the scheme is ``Static``.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, scheme: Scheme, input_scale: float | None = None
+    ) -> None:
         values = weight.dequantize()
         super().__init__(values.shape[1], values.shape[0], bias=bias is not None, device="meta")
         self.weight = nn.Parameter(values, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
-        self.group_size, self.scheme = weight.group_size, scheme
+        self.group_size, self.scheme, self.input_scale = weight.group_size, scheme, input_scale
 
     def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._round_inputs(input))
+
+    def _round_inputs(self, inputs: Tensor) -> Tensor:
+        """As the kernels do: those of TensorRT leave the inputs of weights in blocks as they are."""
+        if isinstance(self.scheme, Static):
+            assert self.input_scale is not None
+            return round_static(inputs, self.input_scale, self.scheme)
         if isinstance(self.scheme, DynamicInt8):
-            return super().forward(round_per_call(input))
-        return super().forward(round_in_blocks(input, self.group_size))
+            return round_per_call(inputs)
+        if isinstance(self.scheme, Float4) or self.scheme.half_scales:
+            return inputs
+        return round_in_blocks(inputs, self.group_size)
+
+
+def round_static(inputs: Tensor, scale: float, scheme: Static) -> Tensor:
+    """``inputs`` as ``QuantizeLinear`` with this scale, and no zero point, rounds them to int8 or E4M3."""
+    if scheme.format == "fp8":
+        return to_e4m3(inputs / scale).to(inputs.dtype) * scale
+    return (inputs / scale).round().clamp(INT8_LOWEST, INT8_LARGEST) * scale
 
 
 def round_in_blocks(inputs: Tensor, group_size: int) -> Tensor:
@@ -92,9 +116,8 @@ def round_per_call(inputs: Tensor) -> Tensor:
     return ((inputs / scale).round().add(zero).clamp(0, UINT8_LARGEST) - zero) * scale
 
 
-def _like(layer: nn.Module, weight: QuantizedWeight, scheme: Scheme) -> RoundedLinear:
-    assert isinstance(layer, nn.Linear)
-    return RoundedLinear(weight, layer.bias, scheme)
+def _rounded(quantized: QuantizedDecoder, path: str, weight: QuantizedWeight, bias: Tensor | None) -> RoundedLinear:
+    return RoundedLinear(weight, bias, quantized.scheme, quantized.input_scales.get(path))
 
 
 def _shared_copy(decoder: Decoder) -> Decoder:

@@ -67,6 +67,12 @@ def plain_symmetric(groups: Tensor, codes: Codes) -> Fit:
     return Fit(scales=_or_one(scales))
 
 
+def plain_positive(groups: Tensor, codes: Codes) -> Fit:
+    """The smallest positive scale that cuts nothing off."""
+    low, high = _ends(groups)
+    return Fit(scales=_or_one(torch.maximum(high / codes.high, low / codes.low))[..., 0])
+
+
 def plain_affine(groups: Tensor, codes: Codes) -> Fit:
     """The smallest weight or 0 becomes the lowest code, the largest weight or 0 the highest."""
     low, high = _ends(groups)
@@ -77,6 +83,11 @@ def plain_affine(groups: Tensor, codes: Codes) -> Fit:
 def best_symmetric(groups: Tensor, counts: Tensor | None, codes: Codes) -> Fit:
     """The scale, of either sign, with the least error; ``counts`` [G, group_size] weigh the inputs."""
     return _best(groups, counts, codes, _symmetric_candidates(groups, codes))
+
+
+def best_positive(groups: Tensor, counts: Tensor | None, codes: Codes) -> Fit:
+    """The positive scale with the least error; ``counts`` [G, group_size] weigh the inputs."""
+    return _best(groups, counts, codes, _positive_candidates(groups, codes))
 
 
 def best_affine(groups: Tensor, counts: Tensor | None, codes: Codes) -> Fit:
@@ -91,6 +102,13 @@ def _symmetric_candidates(groups: Tensor, codes: Codes) -> Iterator[Candidate]:
     for end in ends:
         for factor in codes.factors:
             yield end * factor / extreme, None
+
+
+def _positive_candidates(groups: Tensor, codes: Codes) -> Iterator[Candidate]:
+    """What ``plain_positive`` says, times the factors."""
+    plain = plain_positive(groups, codes).scales.unsqueeze(-1)
+    for factor in codes.factors:
+        yield factor / plain, None
 
 
 def _affine_candidates(groups: Tensor, codes: Codes) -> Iterator[Candidate]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from edgevlm.core.errors import ConfigError
+from edgevlm.bundle.manifest import Manifest, PartFile
+from edgevlm.core.errors import ConfigError, UnsupportedError
 from edgevlm.core.registry import unknown_name
 
 DEFAULT_RUNTIME = "onnxruntime"
+RUNTIME_OF: Mapping[str, str] = MappingProxyType(  # what runs parts of a target unasked; the first that a bundle holds
+    {"onnx": DEFAULT_RUNTIME, "tensorrt": "tensorrt"}
+)
+READERS: Mapping[str, str] = MappingProxyType(  # what to say where another runtime was asked for
+    {"onnx": "--runtime onnxruntime", "tensorrt": "--runtime tensorrt, or tensorrt-on-cpu to check it here"}
+)
+CHECKERS: Mapping[str, str] = MappingProxyType(  # runtimes that prove what another one will run, too slow to answer
+    {"tensorrt": "tensorrt-on-cpu"}
+)
 GOALS = ("ttft", "throughput", "memory")
 MOST_THREADS = 256  # each has a stack, and starts before the first question
 
@@ -68,21 +80,58 @@ class Wishes:
             raise ConfigError(unknown_name("goal", self.optimize, GOALS))
         check_threads(self.threads)
 
-    def over(self, choices: Choices) -> Choices:
-        """``choices``, with what was wished in place of what they say."""
+    def over(self, choices: Choices, usual: Choices | None = None) -> Choices:
+        """``choices``, with what was wished in place of what they say.
+
+        ``usual``: what counts where a wish leaves nothing of them, ``usual_choices`` of the bundle.
+        """
+        usual = usual or Choices()
         return Choices(
-            encoder=self._over(choices.encoder, self.encoder_runtime, self.encoder_precision),
-            decoder=self._over(choices.decoder, self.decoder_runtime, self.decoder_precision),
+            encoder=self._over(choices.encoder, usual.encoder, self.encoder_runtime, self.encoder_precision),
+            decoder=self._over(choices.decoder, usual.decoder, self.decoder_runtime, self.decoder_precision),
         )
 
-    def _over(self, choice: PartChoice, runtime: str | None, precision: str | None) -> PartChoice:
+    def _over(self, choice: PartChoice, usual: PartChoice, runtime: str | None, precision: str | None) -> PartChoice:
         runtime, device = runtime or self.runtime, self.device
         elsewhere = device is not None and device.lower() != (choice.device or "cpu").lower()
         if elsewhere or (runtime or choice.runtime) != choice.runtime:
-            choice = PartChoice()  # what was best elsewhere says nothing about another back end or device
+            choice = usual  # what was best elsewhere says nothing about another back end or device
         return PartChoice(
             runtime=runtime or choice.runtime,
             device=device or choice.device,
             precision=precision or choice.precision,
             threads=choice.threads if self.threads is None else self.threads,
         )
+
+
+def usual_choices(manifest: Manifest) -> Choices:
+    """What runs each half where nothing was wished or tuned: the default of the first target that holds it."""
+    halves = (_usual_runtime(manifest, part) for part in ("vision_encoder", "decoder_model_merged"))
+    encoder, decoder = (PartChoice(runtime=runtime) for runtime in halves)
+    return Choices(encoder=encoder, decoder=decoder)
+
+
+def target_of(back_end: object) -> str:
+    """The target whose parts ``back_end`` reads, a class of ``RUNTIMES``; one that does not say reads ONNX bundles."""
+    return str(getattr(back_end, "target", "onnx"))
+
+
+def part_for(manifest: Manifest, part: str, *, target: str, precision: str | None, runtime: str) -> PartFile:
+    """The part that ``runtime`` reads, of its ``target``.
+
+    Raises UnsupportedError for a bundle that holds no such part, with the runtimes that it can be asked for, or lacks
+    the ``precision``.
+    """
+    held = dict.fromkeys(one.target for one in manifest.parts if one.part == part)
+    if held and target not in held:
+        advice = "; ".join(READERS.get(name, f"a runtime for {name}") for name in held)
+        raise UnsupportedError(
+            f"{manifest.name}: {part} was exported for {' and '.join(held)} only, the runtime {runtime} reads "
+            f"{target}: {advice}"
+        )
+    return manifest.part(part, target=target, precision=precision)
+
+
+def _usual_runtime(manifest: Manifest, part: str) -> str:
+    held = {one.target for one in manifest.parts if one.part == part}
+    return next((runtime for target, runtime in RUNTIME_OF.items() if target in held), DEFAULT_RUNTIME)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from edgevlm.bundle.manifest import PartFile
 from edgevlm.bundle.read import Bundle
@@ -74,9 +74,11 @@ class DecoderEngine(Protocol):
 class BackEnd(Protocol):
     """A library that runs parts, on one device with so many threads.  ``RUNTIMES`` lists the classes.
 
-    It is made with ``(device: str | None, threads: int | None)`` and says in ``info`` what it runs on.  A part that it
-    cannot run raises UnsupportedError.
+    It is made with ``(device: str | None, threads: int | None)`` and says in ``info`` what it runs on.  ``target``: the
+    export target whose parts it reads.  A part that it cannot run raises UnsupportedError.
     """
+
+    target: ClassVar[str]
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None: ...
 

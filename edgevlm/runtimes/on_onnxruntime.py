@@ -7,7 +7,7 @@ the decoder.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class OnnxRuntime:
     UnsupportedError for a device that nobody knows, MissingLibraryError for one that the installed onnxruntime lacks,
     and without onnxruntime.  Opening raises what ``open_graph`` raises.
     """
+
+    target: ClassVar[str] = "onnx"
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:
         check_threads(threads)

@@ -7,7 +7,7 @@ value, which grows by the new rows and never passes through Python.  Rewinding s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ class OpenVino:
     MissingLibraryError without openvino.
     """
 
+    target: ClassVar[str] = "onnx"
     computes_in = "f32"
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:

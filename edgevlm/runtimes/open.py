@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from edgevlm.core.registry import Registry
 from edgevlm.processing.image_spec import ImageSpec
 from edgevlm.processing.processor import Processor
 from edgevlm.processing.split import Crops
-from edgevlm.runtimes.choices import Choices, PartChoice, Wishes
+from edgevlm.runtimes.choices import Choices, PartChoice, Wishes, part_for, target_of, usual_choices
 from edgevlm.runtimes.composed import ComposedSession, Engines
 from edgevlm.runtimes.embedding_table import EmbeddingTable
 from edgevlm.runtimes.engines import BackEnd, Embedding
@@ -29,6 +30,8 @@ RUNTIMES: Registry[type[BackEnd]] = Registry(
         "onnxruntime": "edgevlm.runtimes.on_onnxruntime:OnnxRuntime",
         "openvino": "edgevlm.runtimes.on_openvino:OpenVino",
         "openvino-bf16": "edgevlm.runtimes.on_openvino:OpenVinoBf16",
+        "tensorrt": "edgevlm.runtimes.on_tensorrt:TensorRt",
+        "tensorrt-on-cpu": "edgevlm.runtimes.typed_on_cpu:TensorRtOnCpu",
     },
     group="edgevlm.runtimes",
 )
@@ -54,13 +57,14 @@ def open_bundle(
     ``runtime`` and ``device`` are for both halves, ``encoder_runtime`` (the fusion included) and ``decoder_runtime``
     go before it; the precisions are those that the bundle holds.  What is not said comes from the bundle's tune.json
     where it knows this machine, for the goal ``optimize`` (ttft, throughput, memory) or the one it was tuned for; else
-    it is ONNX Runtime on the CPU's physical cores with the bundle's first precision.  ``image_size``: pixels a side,
+    it is ONNX Runtime on the CPU's physical cores, or TensorRT for a bundle that holds nothing else, with the bundle's
+    first precision.  ``image_size``: pixels a side,
     where the bundle was exported for several; by default the first of them.  ``huge_pages``: on Linux, lay what
     was loaded into huge pages, see ``heap.use_huge_pages``; answers come some percent faster, opening takes longer.
     ``check`` compares every file with its hash the first time.
 
-    Raises UnsupportedError for an unknown runtime or device, or a precision or image size that the bundle lacks,
-    MissingLibraryError when a library is not installed, UsageError for a goal that nothing was tuned for,
+    Raises UnsupportedError for an unknown runtime or device, or for a target, precision or image size that the bundle
+    lacks, MissingLibraryError when a library is not installed, UsageError for a goal that nothing was tuned for,
     IntegrityError for a damaged bundle or one whose parts disagree.
     """
     wishes = Wishes(
@@ -82,7 +86,8 @@ def open_as_wished(path: str | Path, wishes: Wishes, *, check: bool = True) -> R
     """What ``open_bundle`` does, with everything that was wished in one value."""
     bundle = read_bundle(find_bundle(str(path)), check=check)
     tuned = tuned_choices(bundle, wishes.optimize, known=RUNTIMES)
-    vlm = open_chosen(bundle, wishes.over(tuned or Choices()), image_size=wishes.image_size)
+    usual = usual_choices(bundle.manifest)
+    vlm = open_chosen(bundle, wishes.over(tuned or usual, usual), image_size=wishes.image_size)
     if wishes.huge_pages:
         vlm.info["huge_page_bytes"] = _in_huge_pages(vlm)
     return vlm
@@ -121,8 +126,8 @@ class _Halves:
     def __init__(self, bundle: Bundle, choices: Choices) -> None:
         self._bundle, self._choices = bundle, choices
         encoder, decoder = choices.encoder, choices.decoder
-        self._encoder = bundle.manifest.part("vision_encoder", precision=encoder.precision)
-        self._decoder = bundle.manifest.part("decoder_model_merged", precision=decoder.precision)
+        self._encoder = _part(bundle.manifest, "vision_encoder", encoder)
+        self._decoder = _part(bundle.manifest, "decoder_model_merged", decoder)
         self._decoder_runs = _back_end(decoder)
         alike = replace(encoder, precision=None) == replace(decoder, precision=None)
         self._encoder_runs = self._decoder_runs if alike else _back_end(encoder)
@@ -135,14 +140,17 @@ class _Halves:
     def open(self) -> Engines:
         """Load every part that runs."""
         bundle, (_, *fusion, rows, _) = self._bundle, self._parts
-        encoder = self._encoder_runs.open_encoder(bundle, self._encoder)
-        embedding = self._open_embedding(rows)
-        return Engines(
-            encoder=encoder,
-            fusion=self._encoder_runs.open_fusion(bundle, fusion[0]) if fusion else None,
-            embedding=embedding,
-            decoder=self._decoder_runs.open_decoder(bundle, self._decoder, embedding),
-        )
+        with ExitStack() as opened:  # a part that fails must not leave the ones before it in a device's memory
+            encoder = self._encoder_runs.open_encoder(bundle, self._encoder)
+            opened.callback(encoder.close)
+            text_fusion = self._encoder_runs.open_fusion(bundle, fusion[0]) if fusion else None
+            if text_fusion is not None:
+                opened.callback(text_fusion.close)
+            embedding = self._open_embedding(rows)
+            opened.callback(embedding.close)
+            decoder = self._decoder_runs.open_decoder(bundle, self._decoder, embedding)
+            opened.pop_all()
+        return Engines(encoder=encoder, fusion=text_fusion, embedding=embedding, decoder=decoder)
 
     def info(self) -> dict[str, Any]:
         """What a measurement must say: of the decoder at the top, of the encoder below."""
@@ -152,19 +160,32 @@ class _Halves:
             **self._decoder_runs.info,
             "encoder": {**encoder, "precision": self._encoder.precision},
             "precisions": {part.part: part.precision for part in self._parts},
+            "targets": {part.part: part.target for part in self._parts},
         }
 
     def _beside(self, name: str, chosen: PartFile) -> PartFile:
-        """The part ``name`` in the precision of ``chosen`` where the bundle has it, else its first."""
+        """The part ``name`` in the precision of ``chosen`` where the bundle has it, else its first.
+
+        Rows in a file are read without an engine, so those of another target will do as well.
+        """
         manifest = self._bundle.manifest
-        found = {part.precision for part in manifest.parts if (part.part, part.target) == (name, chosen.target)}
-        return manifest.part(name, precision=chosen.precision if chosen.precision in found else None)
+        same = [part for part in manifest.parts if part.part == name]
+        targets = [chosen.target, *(part.target for part in same if part.table is not None)]
+        target = next((one for one in targets if any(part.target == one for part in same)), chosen.target)
+        found = {part.precision for part in same if part.target == target}
+        return manifest.part(name, target, chosen.precision if chosen.precision in found else None)
 
     def _open_embedding(self, part: PartFile) -> Embedding:
         """The rows as they lie in their file; an engine only where nothing says where that is."""
         if part.table is not None:
             return EmbeddingTable(self._bundle, part.table)
         return self._decoder_runs.open_embedding(self._bundle, part)
+
+
+def _part(manifest: Manifest, name: str, choice: PartChoice) -> PartFile:
+    """The part that the runtime of ``choice`` reads."""
+    target = target_of(RUNTIMES[choice.runtime])
+    return part_for(manifest, name, target=target, precision=choice.precision, runtime=choice.runtime)
 
 
 def _back_end(choice: PartChoice) -> BackEnd:
@@ -178,9 +199,11 @@ def _check_agreement(manifest: Manifest, processor: Processor) -> None:
     if found != expected:
         raise _disagreement(manifest, f"the prompt has {found} vision tokens per image, the manifest {expected}")
     for part in manifest.parts:
-        if (part.part, part.target) == ("vision_encoder", "onnx"):  # others may lay their tensors out in another way
+        if not part.file.endswith(".onnx"):  # others may lay their tensors out in another way
+            continue
+        if part.part == "vision_encoder":
             _check_encoder(manifest, part, processor.image_spec)
-        if (part.part, part.target) == ("fusion", "onnx"):
+        if part.part == "fusion":
             _check_fusion(manifest, part)
 
 

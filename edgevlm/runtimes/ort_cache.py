@@ -1,9 +1,10 @@
-"""The kv cache of a decoder on ONNX Runtime: one buffer that the graph fills in place, or two that take turns.
+"""The kv cache of a decoder on ONNX Runtime: a buffer that the graph fills in place, two that take turns, or a copy.
 
 *Shared*: each key and value buffer is bound both as past and as present; the attention writes new rows behind the old
 ones, so nothing is copied and rewinding is arithmetic.  *Grown*: the graph makes a new present of the past and the new
 rows.  It writes into a buffer that lies ready and is read as the past next time, so the graph's own copy is the only
-one; rewinding closes the gaps between the heads.
+one; rewinding closes the gaps between the heads.  *Rows*: the graph gives the new rows alone, which are copied behind
+the old ones.  It reads the whole buffer, so that is no longer than a bucket that the rows fit into.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from edgevlm.runtimes.ort_devices import Device
 
 Shape: TypeAlias = tuple[int, ...]
 
+SMALLEST_BUCKET = 256  # rows; each one is twice as long as the one before
+
 
 class Memory(Protocol):
     """Room for numbers of one type, on the host or on a device."""
@@ -33,6 +36,10 @@ class Memory(Protocol):
 
     def write(self, numbers: NDArray[Any]) -> None:
         """Put ``numbers`` at the beginning."""
+        ...
+
+    def put(self, rows: NDArray[Any], shape: Shape, start: int) -> None:
+        """Put ``rows`` [B, K, T, head] at row ``start`` of each head, where the first numbers have this ``shape``."""
         ...
 
 
@@ -52,12 +59,15 @@ class HostMemory:
     def write(self, numbers: NDArray[Any]) -> None:
         self._numbers[: numbers.size] = numbers.ravel()
 
+    def put(self, rows: NDArray[Any], shape: Shape, start: int) -> None:
+        _rows_of(self._numbers, shape)[:, :, start : start + rows.shape[2]] = rows
+
 
 class DeviceMemory:
     """The same on a GPU; written from ONNX Runtime's documentation, not run on hardware yet."""
 
     def __init__(self, size: int, dtype: type[np.generic], device: Device) -> None:
-        self._dtype, self._device = dtype, device
+        self._size, self._dtype, self._device = size, dtype, device
         self._value = require("onnxruntime").OrtValue.ortvalue_from_numpy(
             np.zeros(size, dtype), device.memory, device.index
         )
@@ -70,8 +80,15 @@ class DeviceMemory:
         return numbers[:count]
 
     def write(self, numbers: NDArray[Any]) -> None:
+        whole = numbers.ravel()
+        if numbers.size < self._size:
+            whole = self._value.numpy()
+            whole[: numbers.size] = numbers.ravel()
+        self._value.update_inplace(whole)
+
+    def put(self, rows: NDArray[Any], shape: Shape, start: int) -> None:
         whole = self._value.numpy()
-        whole[: numbers.size] = numbers.ravel()
+        _rows_of(whole, shape)[:, :, start : start + rows.shape[2]] = rows
         self._value.update_inplace(whole)
 
 
@@ -145,8 +162,77 @@ class GrownCache:
         self._length, self._turn = length, 1 - self._turn
 
 
+class RowsCache:
+    """A buffer for each of ``names`` that is as long as a bucket, and one for the new rows of a run.
+
+    Rows of the bucket that are not filled are zeros, whatever stood there before: the graph multiplies them by shares
+    of zero, which makes nothing of numbers alone.
+    """
+
+    def __init__(self, names: Sequence[str], shape: Shape, memory: Callable[[int], Memory]) -> None:
+        self._batch, self._heads, self._max_context, self._width = shape
+        self._memory, self._start, self._end = memory, 0, 0
+        self._bucket, self._num_new = self._bucket_of(0), 0
+        self._past = {name: self._room(self._bucket) for name in names}
+        self._new: dict[str, Memory] = {}
+
+    def attach(self, binding: Any) -> None:
+        """Nothing: buckets and rows change."""
+
+    def before(self, binding: Any, start: int, end: int) -> None:
+        if start != self._end:
+            self._lay(start, self._bucket_of(start))
+        if end - start != self._num_new:
+            self._new = {name: self._room(end - start) for name in self._past}
+            self._num_new = end - start
+        for name, past in self._past.items():
+            past.bind(binding.bind_input, f"past_key_values.{name}", self._rows(self._bucket))
+            self._new[name].bind(binding.bind_output, f"present.{name}", self._rows(end - start))
+        self._start = start
+
+    def after(self, end: int) -> None:
+        if end > self._bucket:
+            self._lay(self._start, self._bucket_of(end))
+        shape = self._rows(end - self._start)
+        for name, past in self._past.items():
+            rows = self._new[name].read(_count(shape)).reshape(shape)
+            past.put(rows, self._rows(self._bucket), self._start)
+        self._end = end
+
+    def _lay(self, length: int, bucket: int) -> None:
+        """Keep the first ``length`` rows, in buffers of ``bucket`` rows."""
+        old = self._rows(self._bucket)
+        for name, past in self._past.items():
+            room = self._room(bucket)
+            room.put(past.read(_count(old)).reshape(old)[:, :, :length], self._rows(bucket), 0)
+            self._past[name] = room
+        self._bucket, self._end = bucket, length
+
+    def _bucket_of(self, length: int) -> int:
+        """The fewest rows of a bucket that hold ``length``: 256, 512, … or the whole context."""
+        bucket = SMALLEST_BUCKET
+        while bucket < length:
+            bucket *= 2
+        return min(bucket, self._max_context)
+
+    def _room(self, num_rows: int) -> Memory:
+        return self._memory(_count(self._rows(num_rows)))
+
+    def _rows(self, length: int) -> Shape:
+        return (self._batch, self._heads, length, self._width)
+
+
+def _count(shape: Shape) -> int:
+    return int(np.prod(shape, dtype=object))
+
+
+def _rows_of(numbers: NDArray[Any], shape: Shape) -> NDArray[Any]:
+    """A view of the first ``numbers`` in this ``shape``."""
+    return numbers[: _count(shape)].reshape(shape)
+
+
 def memory_on(device: Device, dtype: type[np.generic]) -> Callable[[int], Memory]:
     """What gives memory for so many numbers where ``device`` computes."""
-    if device.memory == "cpu":
-        return lambda size: HostMemory(size, dtype)
-    return lambda size: DeviceMemory(size, dtype, device)
+    if device.off_host:
+        return lambda size: DeviceMemory(size, dtype, device)
+    return lambda size: HostMemory(size, dtype)

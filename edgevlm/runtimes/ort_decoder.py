@@ -13,12 +13,14 @@ from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile
 from edgevlm.core.errors import IntegrityError, UnsupportedError
 from edgevlm.runtimes.context import Context
 from edgevlm.runtimes.engines import Embedding
-from edgevlm.runtimes.ort_cache import Cache, GrownCache, SharedCache, memory_on
+from edgevlm.runtimes.ort_cache import Cache, GrownCache, RowsCache, SharedCache, memory_on
 from edgevlm.runtimes.ort_graph import Graph, bind, errors, still_open
+from edgevlm.runtimes.ort_resident import Resident
 from edgevlm.runtimes.session import Float
 
 DTYPES: Mapping[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-CACHES: Mapping[str, Any] = {"shared": SharedCache, "grown": GrownCache}
+CACHES: Mapping[str, Any] = {"shared": SharedCache, "grown": GrownCache, "rows": RowsCache}
+MASK, WRITTEN = "attention_mask", "write_indices"  # either one tells a graph how far its cache is filled
 UNSHARED = 2  # references to an array that one variable alone holds: the variable, and getrefcount's argument
 OPTIONAL = ("position_ids", "use_cache_branch", "num_logits_to_keep")  # of other exporters' graphs
 
@@ -26,8 +28,9 @@ OPTIONAL = ("position_ids", "use_cache_branch", "num_logits_to_keep")  # of othe
 class OnnxDecoder:
     """A ``DecoderEngine``; ``embedding`` gives it the row of the token that was chosen.
 
-    Raises IntegrityError for a graph whose kv cache is not the promised one, UnsupportedError for a graph that wants
-    more than rows, mask and positions, DoesNotFitError for a cache larger than memory.
+    The graph learns how far its cache is filled from ``attention_mask``, or from ``write_indices`` [1], the number of
+    rows in it.  Raises IntegrityError for a graph whose kv cache is not the promised one, UnsupportedError for a graph
+    that wants more than rows, mask and positions, DoesNotFitError for a cache larger than memory.
     """
 
     def __init__(self, graph: Graph, part: PartFile, manifest: Manifest, embedding: Embedding) -> None:
@@ -40,6 +43,7 @@ class OnnxDecoder:
             self._cache = _cache(graph, part, manifest)
             self._mask = np.ones((1, manifest.max_context), np.int64)
             self._positions = np.arange(manifest.max_context, dtype=np.int64)[None]
+        self._masked = MASK in self._types
         self._row = np.zeros((1, 1, manifest.decoder.hidden_size), np.float32)
         self._input_dtype = DTYPES.get(self._types["inputs_embeds"], np.float32)
         self._logits_shape = (1, 1, manifest.decoder.vocab_size)
@@ -47,9 +51,14 @@ class OnnxDecoder:
         self._all_logits, self._logits_dtype = _logits_of(graph)
         self._branches = (np.zeros(1, np.bool_), np.ones(1, np.bool_))
         self._one = np.array(1, np.int64)
+        with errors(graph.name):
+            self._resident = self._on_device(graph) if graph.device.off_host else None
         self._prefill, self._step = self._binding(), self._binding()
-        self._row_stays = self._input_dtype is np.float32 and graph.device.memory == "cpu"
-        if self._row_stays:
+        self._row_stays = self._input_dtype is np.float32 and self._resident is None
+        if self._resident:
+            self._resident.attach_row(self._step)
+            self._resident.attach_logits(self._step)
+        elif self._row_stays:
             bind(self._step.bind_input, "inputs_embeds", self._row)
 
     @property
@@ -71,9 +80,12 @@ class OnnxDecoder:
         graph, end = still_open(self._graph), self._context.end(1)
         self._embedding.write_row(token, self._row)
         with errors(graph.name):
-            row = self._row
-            if not self._row_stays:  # a device reads what the row held when it was bound
-                row = np.ascontiguousarray(row, self._input_dtype)
+            if self._resident:
+                self._resident.put_row(self._row)
+                self._run(graph, self._step, end)
+                return self._resident.take_logits()
+            if not self._row_stays:
+                row = np.ascontiguousarray(self._row, self._input_dtype)
                 bind(self._step.bind_input, "inputs_embeds", row)
             return self._next_logits(graph, self._step, end)
 
@@ -83,7 +95,7 @@ class OnnxDecoder:
     def close(self) -> None:
         """Give graph and cache back."""
         self._graph = None
-        del self._cache, self._prefill, self._step
+        del self._cache, self._prefill, self._step, self._resident
 
     def _binding(self) -> Any:
         binding = still_open(self._graph).session.io_binding()
@@ -94,19 +106,32 @@ class OnnxDecoder:
 
     def _next_logits(self, graph: Graph, binding: Any, end: int) -> Float:
         """Logits [V] of the last row, in memory that the caller keeps: the engine writes there itself."""
-        start = self._context.position
-        logits = self._room(end - start)
+        logits = self._room(end - self._context.position)
         bind(binding.bind_output, "logits", logits)
-        # Of the inputs only the mask's length changes from token to token: a view of ones that lie ready.
-        bind(binding.bind_input, "attention_mask", self._mask[:, :end])
+        self._run(graph, binding, end)
+        return np.asarray(logits[0, -1], np.float32)
+
+    def _run(self, graph: Graph, binding: Any, end: int) -> None:
+        """Append rows up to ``end``; rows and logits are bound already."""
+        start = self._context.position
+        # Of the inputs only the number of rows changes from token to token: views of numbers that lie ready.
+        if self._masked and self._resident:
+            self._resident.bind_mask(binding, MASK, end)
+        elif self._masked:
+            bind(binding.bind_input, MASK, self._mask[:, :end])
+        else:
+            bind(binding.bind_input, WRITTEN, self._positions[0, start : start + 1])
         self._bind_optional(binding, start, end)
         self._cache.before(binding, start, end)
         graph.session.run_with_iobinding(binding)
-        if graph.device.memory != "cpu":
+        if graph.device.off_host:
             binding.synchronize_outputs()
         self._cache.after(end)
         self._context.position = end
-        return np.asarray(logits[0, -1], np.float32)
+
+    def _on_device(self, graph: Graph) -> Resident:
+        row = np.zeros(self._row.shape, self._input_dtype)
+        return Resident(graph.device, row, self._logits_dtype, self._logits_shape[-1], self._context.max_context)
 
     def _room(self, num_rows: int) -> NDArray[Any]:
         """Where the logits go: of the last row, or of all where the graph gives them all.
@@ -136,8 +161,13 @@ def cache_names(shape: DecoderShape) -> list[str]:
 
 def _cache(graph: Graph, part: PartFile, manifest: Manifest) -> Cache:
     shape, names = manifest.decoder, cache_names(manifest.decoder)
-    types = {value.name: value.type for value in graph.session.get_inputs()}
-    dtype = DTYPES[types[f"past_key_values.{names[0]}"]]
+    past = next(value for value in graph.session.get_inputs() if value.name == f"past_key_values.{names[0]}")
+    dtype, length = DTYPES[past.type], past.shape[2]
+    if isinstance(length, int) and length != manifest.max_context:
+        raise IntegrityError(
+            f"{part.file}: its kv cache has {length:,} rows, the manifest promises {manifest.max_context:,}: export "
+            "the bundle again"
+        )
     size = (1, shape.num_key_value_heads, manifest.max_context, shape.head_size)
     cache: Cache = CACHES[part.cache](names, size, memory_on(graph.device, dtype))
     return cache
@@ -176,10 +206,11 @@ def _check_decoder(graph: Graph, shape: DecoderShape) -> None:
 
 def _check_inputs(part: PartFile, types: Mapping[str, str]) -> None:
     """Refuse a graph that wants what this runtime does not give, or does not take what it gives."""
-    for name in ("inputs_embeds", "attention_mask"):
-        if name not in types:
-            raise UnsupportedError(f"{part.file}: the decoder has no input {name}; it takes {', '.join(types)}")
-    unknown = [name for name in types if not name.startswith("past_key_values.") and name not in OPTIONAL]
-    unknown = [name for name in unknown if name not in ("inputs_embeds", "attention_mask")]
+    for names in (("inputs_embeds",), (MASK, WRITTEN)):
+        if not any(name in types for name in names):
+            wanted = " or ".join(names)
+            raise UnsupportedError(f"{part.file}: the decoder has no input {wanted}; it takes {', '.join(types)}")
+    known = ("inputs_embeds", MASK, WRITTEN, *OPTIONAL)
+    unknown = [name for name in types if not name.startswith("past_key_values.") and name not in known]
     if unknown:
         raise UnsupportedError(f"{part.file}: the decoder wants {', '.join(unknown)}, which nobody can give it here")

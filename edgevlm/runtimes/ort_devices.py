@@ -1,5 +1,8 @@
 """Where ONNX Runtime computes: its execution providers by short names, and what each one took of a graph.
 
+Most providers are compiled into the onnxruntime that is installed; TensorRT for RTX comes as a package of its own, a
+plugin that is registered when it is asked for.
+
 A provider takes the nodes that it knows and leaves the rest to the CPU.  That is told, and beyond a share of the graph
 it is an error: nobody who asks for a GPU wants the CPU's speed under the GPU's name.  Of the providers below only the
 CPU's has run on hardware so far.
@@ -10,10 +13,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from edgevlm.core.errors import DeviceError, MissingLibraryError, UnsupportedError
-from edgevlm.core.optional import require
+from edgevlm.core.optional import is_installed, require
 from edgevlm.core.registry import unknown_name
 
 CPU = "CPUExecutionProvider"
@@ -29,11 +33,13 @@ PROVIDERS = {
 FIXES = {
     "cuda": "pip uninstall -y onnxruntime; pip install onnxruntime-gpu (they overwrite each other's files)",
     "tensorrt": "pip uninstall -y onnxruntime; pip install onnxruntime-gpu, beside TensorRT 10",
-    "nv-tensorrt-rtx": "install an onnxruntime that was built with TensorRT for RTX",
+    "nv-tensorrt-rtx": "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "coreml": "pip install onnxruntime on macOS, whose package has it",
     "qnn": "pip uninstall -y onnxruntime; pip install onnxruntime-qnn",
     "directml": "pip uninstall -y onnxruntime; pip install onnxruntime-directml",
 }
+PLUGINS = {"nv-tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"}  # device: module that brings its provider
+PLUGIN_NEEDS = {"nv-tensorrt-rtx": "an NVIDIA GPU of the RTX 30 series or newer, and a driver for CUDA 13"}
 OWN_MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "nv-tensorrt-rtx": "cuda"}  # where the kv cache lies off the host
 NUMBERED = (*OWN_MEMORY, "directml")  # a machine may have several, and the provider takes which
 MOST_ELSEWHERE = 0.1  # share of the nodes that may be left to another provider
@@ -44,29 +50,49 @@ NODES_TOLD = 8  # kinds of nodes that a message names
 
 @dataclass(frozen=True)
 class Device:
-    """An execution provider: ``name`` as the user says it, ``memory`` as ONNX Runtime calls where its tensors lie."""
+    """An execution provider: ``name`` as the user says it, ``memory`` as ONNX Runtime calls where its tensors lie.
+
+    ``plugin``: it was registered from a package of its own, so graphs are opened with ``add_to``, not ``providers``.
+    """
 
     name: str
     provider: str
     index: int = 0
+    plugin: bool = False
 
     @property
     def memory(self) -> str:
         return OWN_MEMORY.get(self.name, "cpu")
 
     @property
-    def providers(self) -> list[tuple[str, dict[str, str]]]:
-        """What a graph is opened with: beside a device the CPU, where it can be told afterwards what it did."""
+    def off_host(self) -> bool:
+        """Whether tensors that stay bound lie in memory of the device's own."""
+        return self.memory != "cpu"
+
+    @property
+    def providers(self) -> list[tuple[str, dict[str, str]]] | None:
+        """What a graph is opened with: beside a device the CPU, where it can be told afterwards what it did.
+
+        None for a plugin: what ``add_to`` put into the options counts.
+        """
+        if self.plugin:
+            return None
         options = {"device_id": str(self.index)} if self.name in NUMBERED else {}
         beside = [(CPU, dict[str, str]())] if self.provider != CPU and _tells() else []
         return [(self.provider, options), *beside]
+
+    def add_to(self, options: Any) -> None:
+        """Make a plugin's device compute the graphs that are opened with these ``options``; else nothing."""
+        if self.plugin:
+            options.add_provider_for_devices([_plugin_devices(self.provider)[self.index]], {})
 
 
 def device_of(name: str | None) -> Device:
     """The device that is called ``name``, ``cuda:1`` for the second of its kind; None is the CPU.
 
     Raises UnsupportedError for a name that nobody knows or a number where there is only one, MissingLibraryError for a
-    provider that this onnxruntime was built without.
+    provider that this onnxruntime was built without or whose package is not installed, DeviceError for a plugin that
+    finds no GPU or driver.
     """
     kind, _, index = (name or "cpu").lower().partition(":")
     available = {_short(provider): provider for provider in require("onnxruntime").get_available_providers()}
@@ -74,6 +100,8 @@ def device_of(name: str | None) -> Device:
         if index and kind not in NUMBERED:
             raise UnsupportedError(f"the device {kind} takes no number, got {name!r}: say {kind}")
         return Device(kind, available[kind], int(index or 0))
+    if kind in PLUGINS and is_installed(PLUGINS[kind]) and (not index or index.isdigit()):
+        return _plugin_device(kind, int(index or 0))
     known = {**{_short(provider): provider for provider in require("onnxruntime").get_all_providers()}, **available}
     if kind in known and not (index and not index.isdigit()):
         raise MissingLibraryError(
@@ -117,6 +145,38 @@ def left_over(part: str, device: Device, nodes: Sequence[tuple[str, str]]) -> Ma
             "leave --device out, or take a precision that it computes"
         )
     return dict(elsewhere.most_common())
+
+
+def _plugin_device(kind: str, index: int) -> Device:
+    """The device ``index`` of the plugin for ``kind``, registered.  Raises as ``device_of``."""
+    provider = _registered(kind)
+    count = len(_plugin_devices(provider))
+    if index >= count:
+        found = f"it finds {count}" if count else "it finds none"
+        raise DeviceError(f"{kind}:{index}: {provider} has no such GPU, {found}; it needs {PLUGIN_NEEDS[kind]}")
+    return Device(kind, provider, index, plugin=True)
+
+
+@cache
+def _registered(kind: str) -> str:
+    """Register the plugin for ``kind`` with onnxruntime, once, and say its provider's name."""
+    onnxruntime = require("onnxruntime")
+    if not hasattr(onnxruntime, "register_execution_provider_library"):
+        reason = f"is {onnxruntime.__version__}, which takes no plugins"
+        raise MissingLibraryError("onnxruntime", "pip install 'onnxruntime>=1.24'", reason)
+    package = require(PLUGINS[kind])
+    provider: str = package.get_ep_name()
+    try:
+        onnxruntime.register_execution_provider_library(provider, package.get_library_path())
+    except Exception as error:  # the driver's library, libcuda, is not there
+        reason = str(error).rpartition("with error: ")[2].splitlines()[0]
+        raise DeviceError(f"{kind}: the plugin does not load ({reason}); it needs {PLUGIN_NEEDS[kind]}") from error
+    return provider
+
+
+def _plugin_devices(provider: str) -> list[Any]:
+    """What onnxruntime found that ``provider`` can compute on."""
+    return [device for device in require("onnxruntime").get_ep_devices() if device.ep_name == provider]
 
 
 def refuse_fallback(options: Any, device: Device) -> None:

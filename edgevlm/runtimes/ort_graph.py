@@ -18,17 +18,25 @@ from edgevlm.runtimes.ort_devices import Device, check_placement, refuse_fallbac
 
 SILENT = 4  # the library's log level "fatal": its errors reach the user as ours, in one line
 OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
-UNKNOWN_OPERATOR = ("not a registered function", "could not find an implementation")
+UNKNOWN_OPERATOR = (
+    *("not a registered function", "could not find an implementation"),
+    "current official support for domain",  # which ends at an earlier opset
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """One opened part; ``elsewhere``: how many nodes of which kinds another provider than the wished one computes."""
+    """One opened part.
+
+    ``elsewhere``: how many nodes of which kinds another provider than the wished one computes.  ``held``: memory of
+    ours that the session reads.
+    """
 
     name: str
     session: Any
     device: Device
     elsewhere: Mapping[str, int]
+    held: object = None
 
     def run(self, outputs: list[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """The ``outputs``, which are the caller's to keep."""
@@ -65,6 +73,7 @@ def session_options(part: str, threads: int, device: Device) -> Any:
     options.inter_op_num_threads = 1  # the graphs are chains: there is nothing to run side by side
     options.log_severity_level = SILENT
     refuse_fallback(options, device)
+    device.add_to(options)
     if part == "vision_encoder":
         # Every session has threads of its own, which after a run spin for some 15 ms in case there is more.
         # What comes is the decoder, on other threads but the same cores: those of the encoder must get off.

@@ -24,7 +24,7 @@ from edgevlm.core.errors import ConfigError, EdgeVLMError, UsageError
 from edgevlm.core.files import atomic_file
 from edgevlm.core.hardware import Hardware, probe, run_tool
 from edgevlm.core.registry import unknown_name
-from edgevlm.runtimes.choices import GOALS, Choices, PartChoice
+from edgevlm.runtimes.choices import GOALS, Choices, PartChoice, target_of
 from edgevlm.runtimes.engines import BackEnd
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ LIBRARIES = (
     "edgevlm",
     *("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn", "onnxruntime-directml"),
     "openvino",
+    *("tensorrt", "tensorrt-rtx"),
 )
 
 
@@ -208,6 +209,7 @@ def _check(choice: PartChoice, part: str, manifest: Manifest, known: Mapping[str
     if choice.device is not None:
         raise ConfigError(f"{file}: it may not choose a device, found {choice.device!r}: name it with --device")
     if choice.precision is not None:
-        precisions = [one.precision for one in manifest.parts if (one.part, one.target) == (part, "onnx")]
+        target = target_of(known[choice.runtime])
+        precisions = [one.precision for one in manifest.parts if (one.part, one.target) == (part, target)]
         if choice.precision not in precisions:
             raise ConfigError(f"{file}: the bundle has no {part} in {choice.precision!r}, but {', '.join(precisions)}")

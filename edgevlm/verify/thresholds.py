@@ -7,7 +7,7 @@ Three questions, of which float32 has only the first:
     how much is lost?        ``answer_logits``, the whole way from pixels, against PyTorch float32: KL divergence
     does it matter?          ``task``: right answers lost, against PyTorch float32
 
-Rows of the table are kinds of precision; a float file counts as bf16 where the runtime computes in bf16.
+Rows of the table are kinds of precision; a float file counts as bf16 where it says so or the runtime computes in it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Row:
     task: float
 
 
-# "usual" below: the trained `nano` (4 layers) first, then a decoder of 24 layers of random weights, on x86-64.
+# "usual" below: the trained `nano` (4 layers) first, then a decoder of 24 layers of random weights, on x86-64; for fp8,
+# int8-static and nvfp4 nano alone.
 BF16_STAGE = Limit(limit=0.03, reason="8 bits of mantissa: 2^-9 a rounding, which adds up; 0.003 is usual")
 BF16_ANSWER = Limit(measure="kl", limit=0.02, reason="3e-5 nats are usual; models of billions of weights reach 0.005")
 FP16_STAGE = Limit(limit=0.01, reason="11 bits of mantissa: 2^-12 a rounding, which adds up; 0.001 to 0.002 is usual")
@@ -117,6 +118,12 @@ ENCODERS: Mapping[str, Row] = {
         stage=CAP,
         total=Limit(limit=0.2, reason="0.018 and 0.06 are usual; at 0.2 the cosine is 0.98, and answers change"),
         answer=Limit(measure="kl", limit=0.05, reason="2e-4 and 1e-3 nats are usual; 0.05 changes one answer in ten"),
+        task=0.015,
+    ),
+    "fp8": Row(
+        stage=CAP,
+        total=Limit(limit=0.2, reason="0.024 to 0.032 is usual: 3 bits of mantissa round by 2^-5; as int8 from there"),
+        answer=Limit(measure="kl", limit=0.05, reason="0.0014 nats are usual; 0.05 changes one answer in ten"),
         task=0.015,
     ),
 }
@@ -148,12 +155,35 @@ DECODERS: Mapping[str, Row] = {
         ),
         task=0.015,
     ),
+    "int8-static": Row(
+        stage=CAP,
+        answer=Limit(
+            measure="kl",
+            limit=0.1,
+            reason="0.003 nats are usual; one scale for all tokens costs more where single inputs are large",
+        ),
+        task=0.015,
+    ),
+    "fp8": Row(
+        stage=CAP,
+        answer=Limit(measure="kl", limit=0.05, reason="4e-4 nats are usual, nearly all from the activations"),
+        task=0.015,
+    ),
+    "nvfp4": Row(
+        stage=CAP,
+        answer=Limit(
+            measure="kl",
+            limit=0.2,
+            reason="0.001 nats are usual, 0.004 as nvfp4-rtn: blocks of 16 lose less than int4's of 128",
+        ),
+        task=0.015,
+    ),
 }
 
 FLOOR = 5e-3  # relative L2: an engine may round activations in groups of its own, which moves logits by 0.004 to 0.009
 APART = 1.5  # two engines that round in different places differ by the root of 2, if each rounds at random
 
-FLOATS = ("fp32", "fp16")
+FLOATS = ("fp32", "fp16", "bf16")
 BF16_RUNTIME = "-bf16"  # how the names of runtimes end that compute in bf16
 
 
@@ -165,7 +195,7 @@ def within(rule: Rule, spread: float, computed: Computed) -> Rule:
     """
     if isinstance(rule, Threshold) or rule.measure != "relative_l2":
         return rule
-    floor = BF16_STAGE.limit if computed.in_bf16 else FLOOR
+    floor = BF16_STAGE.limit if computed.in_bf16 else FP16_STAGE.limit if computed.rest_in_half else FLOOR
     return replace(rule, limit=min(rule.limit, floor + APART * spread))
 
 
@@ -178,7 +208,7 @@ class Computed:
 
     @property
     def in_bf16(self) -> bool:
-        return self.runtime.endswith(BF16_RUNTIME)
+        return self.precision == "bf16" or self.runtime.endswith(BF16_RUNTIME)
 
     @property
     def rounds(self) -> bool:
@@ -186,9 +216,14 @@ class Computed:
         return self.precision not in FLOATS
 
     @property
+    def rest_in_half(self) -> bool:
+        """Whether all is computed in float16 that is not rounded further: graphs for TensorRT say so."""
+        return self.runtime.startswith("tensorrt")
+
+    @property
     def kind(self) -> str:
         """The row of the table: a weight-only precision without its blocks, a float one as it is computed."""
-        kind = self.precision.split("-b")[0]
+        kind = self.precision.split("-b")[0].removesuffix("-rtn")
         return "bf16" if self.in_bf16 and kind in FLOATS else kind
 
 

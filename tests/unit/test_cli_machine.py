@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from edgevlm.cli import doctor, targets
 from edgevlm.cli.app import app
-from edgevlm.core.hardware import Cpu, Gpu, Hardware, Jetson, Memory
+from edgevlm.core.hardware import Cpu, Gpu, Hardware, Memory
+from edgevlm.core.jetson import Clock, Jetson
 from edgevlm.core.optional import Library
 
 PLAIN = Hardware(
@@ -34,6 +35,12 @@ ORIN = Jetson(
     power_mode="15W",
     cma_total_bytes=256 << 20,
     cma_free_bytes=None,
+    module="Jetson Orin Nano 8GB",
+    compute_capability="8.7",
+    power_modes={"15W": 0, "25W": 1, "MAXN_SUPER": 2},
+    gpu_clock=Clock(now_hz=306_000_000, least_hz=306_000_000, most_hz=612_000_000, highest_hz=1_020_000_000),
+    clocks_locked=False,
+    zram_bytes=3 << 30,
 )
 
 
@@ -58,7 +65,7 @@ def test_doctor_prints_a_table_and_the_same_as_json() -> None:
 
 def test_doctor_shows_a_jetson_a_card_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     limited = replace(PLAIN.cpu, usable_cores=1.5)
-    hardware = replace(PLAIN, cpu=limited, jetson=ORIN, gpus=(CARD,), board="Orin board")
+    hardware = replace(PLAIN, cpu=limited, jetson=ORIN, gpus=(CARD,), board="Orin board", tensorrt="10.3.0.30")
     missing = Library("torch", "workshop", None, "torch", "pip install 'edgevlm[workshop]'")
     monkeypatch.setattr(doctor, "probe", lambda: hardware)
     monkeypatch.setattr(doctor, "libraries", lambda: (missing,))
@@ -68,6 +75,11 @@ def test_doctor_shows_a_jetson_a_card_and_what_is_missing(monkeypatch: pytest.Mo
         "NVIDIA T4, 16.0 GiB, driver 550, compute capability 7.5",
         "36.4.3 (JetPack 6)",
         "15W",
+        "Jetson Orin Nano 8GB",
+        "306 MHz now, up to 612 of 1020, not locked",
+        "0.0 GiB on disk, 3.0 GiB compressed in memory (zram)",
+        "10.3.0.30 (the system's)",
+        "advice: power mode 15W is not the fastest, MAXN_SUPER is: sudo nvpmodel -m 2",
         "0.2 GiB reserved, unknown free",
         "8.0 GiB in all, unknown available",
         "pip install 'edgevlm[workshop]'",
@@ -87,6 +99,30 @@ def test_doctor_shows_a_jetson_a_card_and_what_is_missing(monkeypatch: pytest.Mo
             PLAIN,
             ("onnxruntime", "onnxruntime-gpu"),
             ["pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"],
+        ),
+        (
+            replace(PLAIN, jetson=ORIN),
+            ("onnxruntime",),
+            [
+                "sudo nvpmodel -m 2",
+                "sudo jetson_clocks",
+                "sudo systemctl disable nvzramconfig and restart",
+                "add a swap file of 8 GiB",
+                "sudo apt install nvidia-jetpack",
+            ],
+        ),
+        (
+            replace(
+                PLAIN,
+                tensorrt="10.3.0",
+                jetson=replace(ORIN, power_mode="MAXN_SUPER", clocks_locked=True, swap_bytes=1),
+            ),
+            ("onnxruntime",),
+            [
+                "choose a faster power mode with sudo nvpmodel -m",
+                "sudo systemctl disable nvzramconfig and restart",
+                "sudo apt install python3-libnvinfer, then python3 -m venv --system-site-packages",
+            ],
         ),
     ],
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from edgevlm.core.config import to_json
-from edgevlm.core.hardware import Tool, compute_cores, probe, run_tool
+from edgevlm.core.hardware import compute_cores, probe, run_tool
+from edgevlm.core.jetson import Tool
 
 X86_CORE = "processor\t: {n}\nphysical id\t: 0\ncore id\t\t: {core}\nmodel name\t: Test CPU\nflags\t\t: fpu {flags}\n"
 ARM_CORE = "processor\t: {n}\nFeatures\t: fp asimd asimdhp {flags}\nCPU implementer\t: 0x41\nCPU part\t: {part}\n"
@@ -154,7 +155,7 @@ def test_a_jetson_tells_model_release_power_mode_and_cma(tmp_path: Path) -> None
     jetson = hardware.jetson
     assert jetson is not None
     assert jetson.model == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
-    assert (jetson.l4t, jetson.jetpack, jetson.power_mode) == ("36.4.3", "6", "MAXN_SUPER")
+    assert (jetson.l4t, jetson.jetpack, jetson.power_mode) == ("36.4.3", "6.2", "MAXN_SUPER")
     assert (jetson.cma_total_bytes, jetson.cma_free_bytes) == (256 << 20, 128 << 20)
     assert hardware.cpu.model == "6x Cortex-A78AE"
     assert [gpu.shared_memory for gpu in hardware.gpus] == [True]

@@ -34,6 +34,7 @@ def commands(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[l
     """What it would have run."""
     ran: list[list[str]] = []
     monkeypatch.setattr(environment, "run", ran.append)
+    monkeypatch.setattr(environment, "attempt", lambda command: not command)  # what it may do without fails
     return ran
 
 
@@ -63,6 +64,22 @@ def test_a_venv_of_another_python_is_built_anew_when_one_is_named(
     environment.main()
     assert (["--clear" in command for command in commands] == [True]) is is_built_anew
     assert (f"holds Python {version}, PYTHON asks for {HERE}" in capsys.readouterr().err) is is_built_anew
+
+
+def test_an_environment_without_the_engine_builder_is_ready(
+    environment: ModuleType, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold(environment, HERE)
+    environment.install()
+    assert environment.is_ready()
+    assert commands
+    assert capsys.readouterr().err.count("no TensorRT-RTX builder") == 1
+
+
+def test_another_engine_builder_is_another_environment(environment: ModuleType, root: Path) -> None:
+    """The packages stand in the script, whose bytes the fingerprint holds."""
+    script = (root / ".ci/environment.py").read_text()
+    assert all(package in script for package in environment.ENGINE_BUILDER)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")

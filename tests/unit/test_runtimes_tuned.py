@@ -14,7 +14,8 @@ import pytest
 from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile
 from edgevlm.bundle.read import Bundle
 from edgevlm.core.errors import ConfigError, MissingLibraryError, UsageError
-from edgevlm.core.hardware import Cpu, Gpu, Hardware, Jetson, Memory
+from edgevlm.core.hardware import Cpu, Gpu, Hardware, Memory
+from edgevlm.core.jetson import Jetson
 from edgevlm.runtimes.choices import Choices, PartChoice, Wishes
 from edgevlm.runtimes.tuned import (
     TUNE_FILE,
