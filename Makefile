@@ -3,6 +3,7 @@
 
 ROOT := $(shell cd "$$(dirname '$(strip $(MAKEFILE_LIST))')" && pwd)
 BIN := $(ROOT)/.venv/bin
+JOBS ?= 2# processes that test side by side; the largest tests take 8 GB each
 SHELL := /bin/sh
 
 # The first Python that starts and is new enough; `make PYTHON=/path/to/python` chooses another, and .venv is
@@ -19,7 +20,7 @@ unexport PYTHONHOME
 
 help:
 	@echo "make demo    export nano to ONNX, verify it, ask it three questions, benchmark it, write a report"
-	@echo "make test    run the tests (arguments: make test ARGS='tests/unit -k image')"
+	@echo "make test    run the tests (arguments: make test JOBS=1 ARGS='tests/unit -k image')"
 	@echo "make check   ruff, format, mypy --strict, pyright, import-linter"
 	@echo "make clean   delete demo/ and the tools' caches; .venv stays"
 
@@ -27,7 +28,7 @@ demo: environment
 	@cd "$(ROOT)" && "$(BIN)/python" export/demo.py demo
 
 test: environment
-	@cd "$(ROOT)" && "$(BIN)/python" -m pytest -rs $(ARGS)
+	@cd "$(ROOT)" && "$(BIN)/python" -m pytest -rs -n $(JOBS) --dist loadfile $(ARGS)
 
 check: environment
 	@cd "$(ROOT)" && echo "ruff check"        && "$(BIN)/ruff" check .

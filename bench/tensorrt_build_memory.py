@@ -29,7 +29,7 @@ from edgevlm.export.target import Extras, Lowering
 from edgevlm.export.to_tensorrt import TensorRtTarget
 from edgevlm.models.vlm import Vlm
 from edgevlm.quant.decoder import quantize_decoder
-from edgevlm.runtimes.trt.memory import predicted_build
+from edgevlm.runtimes.trt.memory import Work, predicted_build
 from edgevlm.shapes.config import DecoderConfig, FastVitConfig, MlpConfig, VlmConfig
 
 HERE = Path(__file__).resolve().parent
@@ -100,6 +100,7 @@ def measured(builder: Any, folder: Path, *, small: bool) -> Iterator[Row]:
         file = lower(model, "decoder_model_merged", precision, folder)
         del model
         shape = "four layers of Qwen2-0.5B" if small else "Qwen2-0.5B"
+        yield from builds(builder, folder, file, f"{shape}, rows, prefill alone", (1,), only="prefill")
         yield from builds(builder, folder, file, f"{shape}, rows", (1, 4))
         yield from builds(builder, folder, file, f"{shape}, in place", (1,), in_place=True)
 
@@ -119,14 +120,22 @@ def lower(model: Vlm, name: str, precision: str, folder: Path) -> PartFile:
 
 
 def builds(
-    builder: Any, folder: Path, file: PartFile, graph: str, batches: Sequence[int], *, in_place: bool = False
+    builder: Any,
+    folder: Path,
+    file: PartFile,
+    graph: str,
+    batches: Sequence[int],
+    *,
+    in_place: bool = False,
+    only: str = "",
 ) -> Iterator[Row]:
-    """One build for the profiles up to each of ``batches``."""
+    """One build for the profiles up to each of ``batches``, or for the one named ``only``."""
     path = folder / (file.in_place if in_place else file.file)
     sizes = [path.stat().st_size, *((folder / name).stat().st_size for name in file.files if name.endswith("_data"))]
     profiles = recipe_of([file], CONTEXT, ()).of(file.part, in_place=in_place).profiles
     for batch in batches:
-        shapes = [profile.shapes for profile in profiles if largest_batch(profile.shapes, file) <= batch]
+        chosen = [profile for profile in profiles if profile.name == only or not only]
+        shapes = [profile.shapes for profile in chosen if largest_batch(profile.shapes, file) <= batch]
         outcome = builder.build(path, shapes)
         assert not outcome.error, outcome.error
         yield Row(
@@ -135,10 +144,22 @@ def builds(
             num_profiles=len(shapes),
             weights_mib=sum(sizes) // MIB,
             engine_mib=outcome.engine_bytes // MIB,
-            predicted_mib=predicted_build(sum(sizes), 0, 0, ahead_of_time=True).host_bytes // MIB,
+            predicted_mib=predicted_mib(file, sum(sizes), len(shapes)),
             peak_mib=outcome.peak_bytes // MIB,
             seconds=outcome.seconds,
         )
+
+
+def predicted_mib(file: PartFile, weight_bytes: int, num_profiles: int) -> int:
+    """What `edgevlm build` would say of the host's memory."""
+    work = Work(
+        part=file.part,
+        precision=file.precision,
+        weight_bytes=weight_bytes,
+        num_profiles=num_profiles,
+        ahead_of_time=True,
+    )
+    return predicted_build(work).host_bytes // MIB
 
 
 def largest_batch(shapes: Mapping[str, Sequence[Sequence[int]]], file: PartFile) -> int:

@@ -122,7 +122,7 @@ def _build(task: SuiteTask) -> StepResult:
     options = BuildOptions(encoder_precision=choices.encoder.precision, decoder_precision=choices.decoder.precision)
     started = time.monotonic()
     plan = plan_build(bundle, options, api, find_device(api, None, planning=False))
-    engines = build_engines(bundle, plan, options, api)
+    engines = build_engines(bundle, plan, options, api, room_now=lambda: find_device(api, None, planning=False).room)
     seconds = round(time.monotonic() - started, 1)
     return StepResult(built=Built(seconds=seconds, engines=tuple(to_plain(one) for one in engines)))
 

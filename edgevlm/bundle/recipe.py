@@ -13,6 +13,7 @@ from edgevlm.core.errors import ConfigError, InputError, IntegrityError, Unsuppo
 from edgevlm.core.files import write_text
 
 SCHEMA_VERSION = 1
+BATCHED_INPUTS = ("pixel_values", "inputs_embeds")  # their first size is the number of pictures or sequences
 FIRST_BUCKET = 256  # rows of the smallest kv cache that a decoder of the kind "rows" is given
 
 
@@ -34,6 +35,11 @@ class Profile:
                 raise ConfigError(
                     f"profile {self.name}: {name} needs its least, usual and largest shape, found {shapes}"
                 )
+
+    @property
+    def batch(self) -> int:
+        """How many pictures or sequences it takes at once, at most; 1 where the part leaves no choice."""
+        return max((self.shapes[name][2][0] for name in BATCHED_INPUTS if name in self.shapes), default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +73,6 @@ class Recipe:
         if self.max_context <= 0:
             raise ConfigError(f"max_context must be positive, found {self.max_context}")
 
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """How many rows the kv cache may have in a call of a decoder of the kind "rows"."""
-        return past_buckets(self.max_context)
-
     def of(self, part: str, *, in_place: bool = False) -> PartRecipe:
         """The recipe of ``part``.  Raises UnsupportedError, which names the parts that there are."""
         recipes: Mapping[str, PartRecipe] = self.in_place if in_place else self.parts
@@ -82,7 +83,10 @@ class Recipe:
 
 
 def past_buckets(max_context: int) -> tuple[int, ...]:
-    """256, 512, 1024, … and ``max_context``: a kv cache of rows grows in few steps, so that few engines run."""
+    """How many rows a cache of the kind "rows" may have in a call.
+
+    256, 512, 1024, … and ``max_context``: it grows in few steps, since each is a longer copy.
+    """
     sizes, size = list[int](), FIRST_BUCKET
     while size < max_context:
         sizes.append(size)

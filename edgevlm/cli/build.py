@@ -10,6 +10,7 @@ import typer
 from edgevlm.cli import console
 
 if TYPE_CHECKING:
+    from edgevlm.bundle.read import Bundle
     from edgevlm.runtimes.trt.api import Api
     from edgevlm.runtimes.trt.build import BuildPlan, EngineResult
 
@@ -23,6 +24,10 @@ def command(
         str | None, typer.Option("--decoder-precision", help="Which of the bundle's decoders.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures or questions at once, at most: 1, 2 or 4.")] = 1,
+    profiles: Annotated[
+        str | None,
+        typer.Option("--profiles", help="Names of profiles to build, such as prefill; default: all up to --batch."),
+    ] = None,
     workspace_mb: Annotated[
         int | None,
         typer.Option("--workspace-mb", min=1, help="MiB that a layer may compute in; default: up to 1024, as fits."),
@@ -53,7 +58,7 @@ def command(
     build that was interrupted goes on where it stopped.  What would run out of memory is refused before it is tried.
     """
     from edgevlm.bundle.read import read_bundle
-    from edgevlm.runtimes.trt.build import BuildOptions, build_engines, plan_build, require_writable
+    from edgevlm.runtimes.trt.build import BuildOptions, build_engines, plan_build
     from edgevlm.runtimes.trt.device import find_device
     from edgevlm.shipped import find_bundle
 
@@ -61,6 +66,7 @@ def command(
         encoder_precision=encoder_precision,
         decoder_precision=decoder_precision,
         batch=batch,
+        profiles=() if profiles is None else tuple(name.strip() for name in profiles.split(",")),
         workspace_mb=workspace_mb,
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
@@ -69,13 +75,19 @@ def command(
     api = _tensorrt(dry_run)
     plan = plan_build(opened, options, api, find_device(api, compute_capability, planning=dry_run))
     if dry_run or api is None:
-        _tell_plan(plan, as_json=as_json)
+        _tell_plan(opened, plan, as_json=as_json)
         return
-    require_writable(opened.root)
     names = [engine.stem for engine in plan.engines]
     with console.steps(f"build {bundle}", names) as begin:
         results = build_engines(
-            opened, plan, options, api, overwrite=overwrite, timing_cache=timing_cache, report=begin
+            opened,
+            plan,
+            options,
+            api,
+            overwrite=overwrite,
+            timing_cache=timing_cache,
+            report=begin,
+            room_now=lambda: find_device(api, compute_capability, planning=False).room,
         )
     if as_json:
         console.print_json({"plan": plan, "engines": results})
@@ -97,20 +109,25 @@ def _tensorrt(dry_run: bool) -> Api | None:
         return None
 
 
-def _tell_plan(plan: BuildPlan, *, as_json: bool) -> None:
-    from edgevlm.runtimes.trt.memory import gib
+def _tell_plan(bundle: Bundle, plan: BuildPlan, *, as_json: bool) -> None:
+    from edgevlm.runtimes.trt.build import ways_out
+    from edgevlm.runtimes.trt.memory import fits, told
 
     if as_json:
         console.print_json({"plan": plan, "engines": []})
         return
     typer.echo(f"library    {plan.library or 'not installed'}")
     typer.echo(f"device     {plan.device.name} (compute capability {plan.device.capability_text})")
+    if plan.device.doubt:
+        typer.echo(f"           {plan.device.doubt}")
     typer.echo(f"workspace  {plan.workspace_mb} MiB")
     for engine in plan.engines:
         cache = ", cache in place" if engine.in_place else ""
         typer.echo(f"\n{engine.part} in {engine.precision}: {engine.graph}{cache}")
         typer.echo(f"  engine   {engine.file}")
-        typer.echo(f"  takes    {gib(engine.need.host_bytes)} of memory, {gib(engine.need.device_bytes)} of the GPU's")
+        typer.echo(f"  takes    {told(engine.need, plan.device.room)}")
+        if not fits(engine.need, plan.device.room):
+            typer.echo(f"  too much {'; '.join(ways_out(bundle, engine, plan.device.room))}")
         typer.echo(f"  recipe   {engine.key.recipe[:16]}")
         for profile in engine.profiles:
             shapes = ", ".join(

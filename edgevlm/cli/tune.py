@@ -33,11 +33,12 @@ def command(
     like this one; what is asked for by name goes before it.
     """
     from edgevlm.bench.tuning import save, tune_bundle
-    from edgevlm.runtimes.tuned import require_writable
-    from edgevlm.shipped import find_bundle
+    from edgevlm.runtimes.tuned import TUNE_FILE
+    from edgevlm.shipped import find_bundle, require_writable
 
     if not dry_run:
-        require_writable(find_bundle(bundle))
+        instead = "tune a copy (`edgevlm export`, or cp -r), or give --dry-run"
+        require_writable(find_bundle(bundle), TUNE_FILE, instead=instead)
     with console.progress(f"tune {bundle}") as advance:
 
         def report(step: str) -> None:

@@ -10,6 +10,7 @@ from edgevlm.bundle.recipe import PartRecipe, Profile, Recipe, past_buckets
 
 BATCHES = (1, 2, 4)
 USUAL_ROWS = 256  # of a prompt with one picture
+PREFILL_ROWS = 1024  # new ones in one call, of all sequences together; a runtime reads a longer prompt piece by piece
 
 Sizes: TypeAlias = tuple[int, int, int]  # the least, the usual and the largest
 
@@ -58,10 +59,14 @@ def _text(file: PartFile, max_context: int) -> Iterator[Profile]:
 
 
 def _decoder(file: PartFile, max_context: int, past: Sizes) -> Iterator[Profile]:
-    """One row a sequence, and many, since the kernels that are best for them differ."""
-    rows = {"decode": (1, 1, 1), "prefill": (1, min(USUAL_ROWS, max_context), max_context)}
+    """One row a sequence, and many, since the kernels that are best for them differ.
+
+    Scores and mask have a number for every new row and every row of the context, so that new rows are few where the
+    context is long: an engine sets the memory aside that its largest shapes take.
+    """
     for batch in BATCHES:
-        for name, sequence in rows.items():
+        most = min(PREFILL_ROWS // batch, max_context)
+        for name, sequence in {"decode": (1, 1, 1), "prefill": (1, min(USUAL_ROWS, most), most)}.items():
             sizes = {"batch_size": (batch, batch, batch), "sequence": sequence, "past_sequence": past}
             yield _profile(name if batch == 1 else f"{name}-batch-{batch}", file, sizes)
 

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[str], None]
 ROUNDED_ENCODERS = ("int8", "fp8")
+LONG_CONTEXT = 4096  # rows; a longer kv cache is worth a word
 FEW_SAMPLES = 8  # to see what overflows float16, with a margin
 PARTS = ("vision_encoder", "fusion", "embed_tokens", "decoder_model_merged")
 
@@ -167,6 +168,8 @@ def write_bundle(checkpoint: Checkpoint, plan: Plan, root: Path) -> None:
     """Write texts, graphs, manifest and ``golden/`` into ``root``; afterwards the checkpoint has no weights."""
     licence = read_licence(checkpoint.folder)
     _tell(checkpoint, licence)
+    if plan.precisions.is_typed and checkpoint.max_context > LONG_CONTEXT:
+        _tell_of_context(checkpoint)
     plan.report("golden")
     num_scenes = golden.TASK_SCENES if plan.precisions.is_exact else golden.MANY_SCENES
     sized = [checkpoint, *(_resized(checkpoint, side) for side in plan.image_sizes[1:])]
@@ -250,6 +253,17 @@ def _tell(checkpoint: Checkpoint, licence: Licence | None) -> None:
         logger.log(logging.WARNING if licence.restricted else logging.INFO, "licence of the weights: %s", licence)
     elif checkpoint.family != "edgevlm":
         logger.info("licence of the weights: the checkpoint states none; ask its authors before you pass it on")
+
+
+def _tell_of_context(checkpoint: Checkpoint) -> None:
+    """The whole kv cache is set aside on the device, and engines are built for the scores over all of it."""
+    decoder, rows = checkpoint.model.config.decoder, checkpoint.max_context
+    row_bytes = 2 * 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * cache_head_size(decoder)
+    logger.info(
+        "a context of %s rows: in float16 its kv cache takes up to %.0f MB on the device, and the scores of a prompt "
+        "grow with it; --max-context %d takes %.0f MB",
+        *(f"{rows:,}", rows * row_bytes / 1e6, LONG_CONTEXT, LONG_CONTEXT * row_bytes / 1e6),
+    )
 
 
 def _manifest(checkpoint: Checkpoint, parts: list[PartFile], plan: Plan, licence: Licence | None) -> Manifest:

@@ -155,7 +155,7 @@ def _told(bundle: Bundle, found: FoundEngine) -> dict[str, Any]:
         "kv_cache": "in place" if found.in_place else "rows",
         "profiles": list(found.entry.profiles),
         "built_for": key.place,
-        "workspace_mb": key.workspace_mb,
+        "workspace_mb": found.entry.workspace_mb,
         "version_compatible": key.version_compatible,
         "hardware_compatible": key.hardware_compatible,
     }

@@ -15,12 +15,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm.bundle.recipe import past_buckets
 from edgevlm.core.optional import require
 from edgevlm.runtimes.ort_devices import Device
 
 Shape: TypeAlias = tuple[int, ...]
-
-SMALLEST_BUCKET = 256  # rows; each one is twice as long as the one before
 
 
 class Memory(Protocol):
@@ -36,10 +35,6 @@ class Memory(Protocol):
 
     def write(self, numbers: NDArray[Any]) -> None:
         """Put ``numbers`` at the beginning."""
-        ...
-
-    def put(self, rows: NDArray[Any], shape: Shape, start: int) -> None:
-        """Put ``rows`` [B, K, T, head] at row ``start`` of each head, where the first numbers have this ``shape``."""
         ...
 
 
@@ -60,7 +55,8 @@ class HostMemory:
         self._numbers[: numbers.size] = numbers.ravel()
 
     def put(self, rows: NDArray[Any], shape: Shape, start: int) -> None:
-        _rows_of(self._numbers, shape)[:, :, start : start + rows.shape[2]] = rows
+        """Put ``rows`` [B, K, T, head] at row ``start`` of each head, where the first numbers have this ``shape``."""
+        self._numbers[: _count(shape)].reshape(shape)[:, :, start : start + rows.shape[2]] = rows
 
 
 class DeviceMemory:
@@ -84,11 +80,6 @@ class DeviceMemory:
         if numbers.size < self._size:
             whole = self._value.numpy()
             whole[: numbers.size] = numbers.ravel()
-        self._value.update_inplace(whole)
-
-    def put(self, rows: NDArray[Any], shape: Shape, start: int) -> None:
-        whole = self._value.numpy()
-        _rows_of(whole, shape)[:, :, start : start + rows.shape[2]] = rows
         self._value.update_inplace(whole)
 
 
@@ -163,18 +154,19 @@ class GrownCache:
 
 
 class RowsCache:
-    """A buffer for each of ``names`` that is as long as a bucket, and one for the new rows of a run.
+    """A buffer on the host for each of ``names`` that is as long as a bucket, and one for the new rows of a run.
 
     Rows of the bucket that are not filled are zeros, whatever stood there before: the graph multiplies them by shares
     of zero, which makes nothing of numbers alone.
     """
 
-    def __init__(self, names: Sequence[str], shape: Shape, memory: Callable[[int], Memory]) -> None:
-        self._batch, self._heads, self._max_context, self._width = shape
+    def __init__(self, names: Sequence[str], shape: Shape, memory: Callable[[int], HostMemory]) -> None:
+        self._batch, self._heads, max_context, self._width = shape
+        self._buckets = past_buckets(max_context)
         self._memory, self._start, self._end = memory, 0, 0
         self._bucket, self._num_new = self._bucket_of(0), 0
         self._past = {name: self._room(self._bucket) for name in names}
-        self._new: dict[str, Memory] = {}
+        self._new: dict[str, HostMemory] = {}
 
     def attach(self, binding: Any) -> None:
         """Nothing: buckets and rows change."""
@@ -209,13 +201,10 @@ class RowsCache:
         self._bucket, self._end = bucket, length
 
     def _bucket_of(self, length: int) -> int:
-        """The fewest rows of a bucket that hold ``length``: 256, 512, … or the whole context."""
-        bucket = SMALLEST_BUCKET
-        while bucket < length:
-            bucket *= 2
-        return min(bucket, self._max_context)
+        """The fewest rows of a bucket that hold ``length``."""
+        return next(bucket for bucket in self._buckets if bucket >= length)
 
-    def _room(self, num_rows: int) -> Memory:
+    def _room(self, num_rows: int) -> HostMemory:
         return self._memory(_count(self._rows(num_rows)))
 
     def _rows(self, length: int) -> Shape:
@@ -224,11 +213,6 @@ class RowsCache:
 
 def _count(shape: Shape) -> int:
     return int(np.prod(shape, dtype=object))
-
-
-def _rows_of(numbers: NDArray[Any], shape: Shape) -> NDArray[Any]:
-    """A view of the first ``numbers`` in this ``shape``."""
-    return numbers[: _count(shape)].reshape(shape)
 
 
 def memory_on(device: Device, dtype: type[np.generic]) -> Callable[[int], Memory]:

@@ -13,6 +13,7 @@ from edgevlm.bundle.manifest import DecoderShape, Manifest, PartFile
 from edgevlm.core.errors import IntegrityError, UnsupportedError
 from edgevlm.runtimes.context import Context
 from edgevlm.runtimes.engines import Embedding
+from edgevlm.runtimes.kv_cache import cache_names
 from edgevlm.runtimes.ort_cache import Cache, GrownCache, RowsCache, SharedCache, memory_on
 from edgevlm.runtimes.ort_graph import Graph, bind, errors, still_open
 from edgevlm.runtimes.ort_resident import Resident
@@ -30,7 +31,8 @@ class OnnxDecoder:
 
     The graph learns how far its cache is filled from ``attention_mask``, or from ``write_indices`` [1], the number of
     rows in it.  Raises IntegrityError for a graph whose kv cache is not the promised one, UnsupportedError for a graph
-    that wants more than rows, mask and positions, DoesNotFitError for a cache larger than memory.
+    that wants more than rows, mask and positions, or a cache of rows on a device that keeps its own, DoesNotFitError
+    for a cache larger than memory.
     """
 
     def __init__(self, graph: Graph, part: PartFile, manifest: Manifest, embedding: Embedding) -> None:
@@ -154,13 +156,13 @@ class OnnxDecoder:
             bind(binding.bind_input, "use_cache_branch", self._branches[start > 0])
 
 
-def cache_names(shape: DecoderShape) -> list[str]:
-    """``0.key``, ``0.value``, ``1.key``, …"""
-    return [f"{layer}.{kind}" for layer in range(shape.num_layers) for kind in ("key", "value")]
-
-
 def _cache(graph: Graph, part: PartFile, manifest: Manifest) -> Cache:
     shape, names = manifest.decoder, cache_names(manifest.decoder)
+    if part.cache == "rows" and graph.device.off_host:
+        raise UnsupportedError(
+            f"{part.file}: a kv cache of rows is put together on the host, the device {graph.device.name} keeps its "
+            "own: export with --target onnx, or leave --device out"
+        )
     past = next(value for value in graph.session.get_inputs() if value.name == f"past_key_values.{names[0]}")
     dtype, length = DTYPES[past.type], past.shape[2]
     if isinstance(length, int) and length != manifest.max_context:

@@ -40,7 +40,7 @@ FIXES = {
 }
 PLUGINS = {"nv-tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx"}  # device: module that brings its provider
 PLUGIN_NEEDS = {"nv-tensorrt-rtx": "an NVIDIA GPU of the RTX 30 series or newer, and a driver for CUDA 13"}
-OWN_MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "nv-tensorrt-rtx": "cuda"}  # where the kv cache lies off the host
+OWN_MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "nv-tensorrt-rtx": "cuda"}  # of providers that are compiled in
 NUMBERED = (*OWN_MEMORY, "directml")  # a machine may have several, and the provider takes which
 MOST_ELSEWHERE = 0.1  # share of the nodes that may be left to another provider
 SHAPE_ONLY = frozenset({"Constant", "ConstantOfShape", "Cast", "Range", "Shape", "Size", "Squeeze", "Unsqueeze"})
@@ -62,6 +62,9 @@ class Device:
 
     @property
     def memory(self) -> str:
+        """The host's for a plugin: which names, and which copies, reach a plugin's memory differs between releases."""
+        if self.plugin:
+            return "cpu"
         return OWN_MEMORY.get(self.name, "cpu")
 
     @property

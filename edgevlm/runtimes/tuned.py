@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from edgevlm import shipped
 from edgevlm.bundle.manifest import Manifest
 from edgevlm.bundle.read import Bundle
 from edgevlm.core.config import from_mapping, read_json, to_json
@@ -111,16 +109,6 @@ def sums_hash(root: Path) -> str | None:
     """The SHA-256 of a bundle's SHA256SUMS, which stands for all that the bundle holds; None where there is none."""
     sums = root / "SHA256SUMS"
     return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
-
-
-def require_writable(root: Path) -> None:
-    """Raises UsageError where no ``tune.json`` can be written, before minutes are spent on what it would say."""
-    if root.is_relative_to(shipped.HERE):
-        raise UsageError(
-            f"{root.name} belongs to the package: tune a copy (`edgevlm export`, or cp -r), or give --dry-run"
-        )
-    if root.is_dir() and not os.access(root, os.W_OK):
-        raise UsageError(f"{root} may not be written, so no {TUNE_FILE} can lie there: tune a copy, or give --dry-run")
 
 
 def tuned_choices(bundle: Bundle, goal: str | None, *, known: Mapping[str, BackEndClass]) -> Choices | None:

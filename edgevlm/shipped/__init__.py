@@ -36,6 +36,17 @@ def find_weights(model: str | Path) -> Path:
     return folder
 
 
+def require_writable(root: Path, what: str, *, instead: str) -> None:
+    """Raises UsageError where ``what`` cannot be written into the bundle ``root``, before minutes are spent on it.
+
+    ``instead``: what to do about it.
+    """
+    if root.is_relative_to(HERE):
+        raise UsageError(f"{root.name} belongs to the package: {instead}")
+    if root.is_dir() and not os.access(root, os.W_OK):
+        raise UsageError(f"{root} may not be written, so no {what} can lie there: {instead}")
+
+
 def _shipped(name: str | Path, kind: str, suffix: str) -> Path | None:
     """Where the shipped model called ``name`` stands; None for a path.  A ``Path`` is always a path."""
     if isinstance(name, Path) or os.path.basename(name) != name:

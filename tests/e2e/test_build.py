@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from edgevlm.bundle.read import read_bundle
 from edgevlm.cli.app import app
 from edgevlm.core.errors import DISK_FULL
-from edgevlm.runtimes.trt import build as build_module
 from edgevlm.runtimes.trt import device as device_module
 from edgevlm.runtimes.trt.api import MODULES, load_tensorrt
+from edgevlm.runtimes.trt.device import Device
 from edgevlm.runtimes.trt.memory import MIB, Room
 from edgevlm.runtimes.trt.store import find_engine
 
@@ -43,7 +43,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType | None]
         def tool(command: Sequence[str]) -> str | None:
             return gpu if "memory.free" in " ".join(command) else None
 
-        monkeypatch.setattr(device_module, "_by_cuda", lambda host: None)
+        for name in ("cuda.bindings.runtime", "cuda.cudart"):
+            monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.setattr(device_module.find_device, "__kwdefaults__", {"tool": tool})
         for name in MODULES:
             monkeypatch.setitem(sys.modules, name, None)
@@ -80,8 +81,15 @@ def test_json_tells_the_plan_and_every_engine(bundle: Path, machine: Callable[..
     told = json.loads(edgevlm("build", bundle, "--json", "--batch", 2, "--workspace-mb", 128, "-q"))
     assert [one["was_there"] for one in told["engines"]] == [False, False]
     decoder = told["plan"]["engines"][1]
-    assert (decoder["in_place"], decoder["key"]["workspace_mb"]) == (True, 128)
+    assert (decoder["in_place"], told["plan"]["workspace_mb"]) == (True, 128)
     assert [profile["name"] for profile in decoder["profiles"]] == ["decode", "prefill", "decode-batch-2"]
+
+
+def test_an_engine_with_one_profile_is_asked_for_by_its_name(bundle: Path, machine: Callable[..., ModuleType]) -> None:
+    machine()
+    told = json.loads(edgevlm("build", bundle, "--json", "--profiles", "prefill, batch-1", "-q"))
+    names = [[profile["name"] for profile in engine["profiles"]] for engine in told["plan"]["engines"]]
+    assert names == [["batch-1"], ["prefill"]]
 
 
 @pytest.mark.parametrize("version", ["10.3.0", None])
@@ -130,6 +138,7 @@ def test_without_tensorrt_the_command_that_brings_it_is_told(
         (("--decoder-precision", "nvfp4"), 3, "needs TensorRT 10.8 or newer"),
         (("--decoder-precision", "int9"), 3, "it has fp16, int4, nvfp4"),
         (("--batch", "3"), 2, "--batch is 1, 2, 4"),
+        (("--profiles", "prefil"), 3, "there are batch-1 (vision_encoder), decode (decoder_model_merged), prefill"),
         (("--workspace-mb", "0"), 2, "--workspace-mb"),
         (("--compute-capability", "sm89"), 2, "two numbers such as 8.9"),
     ],
@@ -155,19 +164,43 @@ def test_a_build_that_would_not_fit_is_refused_with_a_way_out(
     bundle: Path, machine: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = machine()
-    plan = build_module.plan_build
-
-    def small(*arguments: object) -> object:
-        found = plan(*arguments)  # type: ignore[arg-type]
-        return build_module.replace(
-            found, device=build_module.replace(found.device, room=Room(host_bytes=100 * MIB, shared=True))
-        )
-
-    monkeypatch.setattr(build_module, "plan_build", small)
+    small = Device(name="Small", compute_capability=(8, 7), room=Room(host_bytes=100 * MIB, shared=True))
+    monkeypatch.setattr(device_module, "_by_nvidia_smi", lambda tool, host: small)
     result = CliRunner().invoke(app, ["build", str(bundle), "-q"])
     assert result.exit_code == 5
     assert "of memory, which the GPU shares where 0.10 GiB is free" in result.stderr
     assert module.fake.builds == []
+
+
+def test_a_dry_run_shows_what_is_free_and_the_ways_out(
+    bundle: Path, machine: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine()
+    small = Device(name="Small", compute_capability=(8, 7), room=Room(host_bytes=1 << 30, device_bytes=100 * MIB))
+    monkeypatch.setattr(device_module, "_by_nvidia_smi", lambda tool, host: small)
+    out = edgevlm("build", bundle, "--dry-run", "--batch", 2)
+    assert "of memory (1.00 GiB free)" in out
+    assert "of GPU memory (0.10 GiB free)" in out
+    assert "  too much or export with a smaller --image-size; close other programs" in out
+    unknown = Device(name="GPU", compute_capability=(8, 7), room=Room())
+    monkeypatch.setattr(device_module, "_by_nvidia_smi", lambda tool, host: unknown)
+    out = edgevlm("build", bundle, "--dry-run")
+    assert "of GPU memory (free: not known)" in out
+    assert "too much" not in out
+
+
+def test_memory_that_others_took_meanwhile_counts(
+    bundle: Path, machine: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = machine()
+    rooms = iter([Room(host_bytes=8 << 30, shared=True)] * 2 + [Room(host_bytes=1, shared=True)])
+    monkeypatch.setattr(
+        device_module,
+        "_by_nvidia_smi",
+        lambda tool, host: Device(name="GPU", compute_capability=(8, 7), room=next(rooms)),
+    )
+    result = CliRunner().invoke(app, ["build", str(bundle), "-q"])
+    assert (result.exit_code, len(module.fake.builds)) == (5, 1)
 
 
 def test_a_full_disk_leaves_no_half_engine(
@@ -206,6 +239,7 @@ from edgevlm.cli import app
 from edgevlm.runtimes.trt import api, device
 module = fake_tensorrt("10.3.0", num_steps=10_000)
 sys.modules["tensorrt"] = module
+sys.modules["cuda.bindings.runtime"] = sys.modules["cuda.cudart"] = None
 device.find_device.__kwdefaults__["tool"] = lambda command: "Fake GPU, 8.7, 30000"
 told = module.IProgressMonitor
 monitor = api._monitor

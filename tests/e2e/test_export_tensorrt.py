@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from edgevlm.bundle.recipe import read_recipe
 from edgevlm.bundle.write import write_sums
 from edgevlm.cli.app import app
 from edgevlm.core.errors import ConfigError, IntegrityError, UnsupportedError
+from edgevlm.export import writing
 from edgevlm.export.pipeline import export_bundle
 from edgevlm.export.precisions import both_halves, precisions
 from edgevlm.models.checkpoint import load_model, save_native
@@ -26,6 +28,7 @@ from edgevlm.runtimes.open import open_bundle
 from edgevlm.shapes.config import MlpConfig
 from edgevlm.shapes.fusion import FusionConfig
 from edgevlm.shipped import DEMO_IMAGE
+from edgevlm.verify import golden
 
 Refused = Callable[..., str]
 
@@ -81,7 +84,7 @@ def test_both_graphs_of_the_decoder_are_proved(typed: Path) -> None:
 
 def test_the_recipe_names_every_engine_and_is_hashed(typed: Path) -> None:
     recipe = read_recipe(read_bundle(typed))
-    assert (recipe.max_context, recipe.buckets) == (128, (128,))
+    assert recipe.max_context == 128
     assert set(recipe.parts) == {"vision_encoder", "decoder_model_merged"}
     assert set(recipe.in_place) == {"decoder_model_merged"}
     (encoder, *_) = recipe.of("vision_encoder").profiles
@@ -97,6 +100,21 @@ def test_files_of_the_hub_name_no_graph(typed: Path) -> None:
     """transformers.js reads folders that hold onnx/; here there is nothing for it, and nothing tells it otherwise."""
     assert "decoder_model_merged" not in (typed / "config.json").read_text()
     assert not (typed / "onnx").exists()
+
+
+def test_what_a_long_context_takes_is_told_before_the_work(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(golden, "recorded", stop)
+    for most, told in ((127, 1), (128, 0)):  # the checkpoint has 128 rows
+        caplog.clear()
+        monkeypatch.setattr(writing, "LONG_CONTEXT", most)
+        with caplog.at_level(logging.INFO, "edgevlm"), pytest.raises(KeyboardInterrupt):
+            export_bundle(tiny_checkpoint, target="tensorrt", out=tmp_path / f"{most}.bundle")
+        assert caplog.text.count("a context of 128 rows") == caplog.text.count("--max-context 127") == told
 
 
 def test_a_damaged_recipe_is_refused(typed: Path, tmp_path: Path) -> None:

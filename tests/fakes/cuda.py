@@ -51,11 +51,10 @@ OK = (cudaError_t.cudaSuccess,)
 
 @dataclass
 class Handle:
-    """A stream, an event, or a graph; other libraries call it by its number."""
+    """A stream or a graph; other libraries call it by its number."""
 
     number: int
     work: list[Callable[[], None]] = field(default_factory=list)
-    moment: float = 0.0
 
     def __int__(self) -> int:
         return self.number
@@ -70,7 +69,6 @@ class FakeCuda(ModuleType):
 
     cudaHostAllocDefault = 0
     cudaStreamNonBlocking = 1
-    cudaEventDefault = 0
     cudaError_t = cudaError_t
     cudaMemcpyKind = cudaMemcpyKind
     cudaStreamCaptureMode = cudaStreamCaptureMode
@@ -210,7 +208,7 @@ class FakeCuda(ModuleType):
             CAPTURING.append(work)
         return OK
 
-    # -- streams, events and graphs -------------------------------------------------------------------------
+    # -- streams and graphs ---------------------------------------------------------------------------------
 
     def _handle(self) -> Handle:
         handle = Handle(1000 + len(self.handles) + self.calls.total())
@@ -262,22 +260,6 @@ class FakeCuda(ModuleType):
 
     def cudaGraphExecDestroy(self, graph: Handle) -> Any:
         return self._destroy(graph)
-
-    def cudaEventCreateWithFlags(self, flags: int) -> Any:
-        return *OK, self._handle()
-
-    def cudaEventRecord(self, event: Handle, stream: Handle) -> Any:
-        event.moment = float(self.calls.total())
-        return OK
-
-    def cudaEventSynchronize(self, event: Handle) -> Any:
-        return OK
-
-    def cudaEventElapsedTime(self, start: Handle, end: Handle) -> Any:
-        return *OK, end.moment - start.moment
-
-    def cudaEventDestroy(self, event: Handle) -> Any:
-        return self._destroy(event)
 
 
 def fake_cuda(*, memory_bytes: int = 1 << 30, num_devices: int = 1, capability: tuple[int, int] = (8, 7)) -> FakeCuda:

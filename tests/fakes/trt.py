@@ -6,7 +6,7 @@ What is there and what is not follows the vendor's own documents and the binding
 * data types: FP4 from 10.8 on
 * KV caches in place (``INetworkDefinition.add_kv_cache_update``, ONNX TensorScatter) from 10.15 on, and in RTX
 * ``ICudaEngine.device_memory_size`` up to 10.x, ``device_memory_size_v2`` in all
-* RTX: ``ComputeCapability`` and ``IBuilderConfig.set_compute_capability``, a runtime cache, no timing cache in use
+* RTX: ``ComputeCapability`` and ``IBuilderConfig.set_compute_capability``, no timing cache in use
 
 A "serialized engine" names the ONNX file that it was built from, and runs it in ONNX Runtime on the addresses that are
 bound: what comes out is what the graph computes.  A graph in place is run with its outputs copied to their addresses.
@@ -360,7 +360,7 @@ class FakeEngine:
         if module.fake.numbers >= (10, 15):
             self.get_aliased_input_tensor = self._aliased
         if module.fake.flavour == "rtx":
-            self.create_runtime_config = lambda: FakeRuntimeConfig(module.fake.version)
+            self.create_runtime_config = lambda: FakeRuntimeConfig()
 
     num_optimization_profiles = property(lambda self: max(1, len(self.plan["profiles"])))
     num_io_tensors = property(lambda self: len(self.inputs) + len(self.outputs))
@@ -414,17 +414,10 @@ class FakeEngine:
 
 
 class FakeRuntimeConfig:
-    """IRuntimeConfig of RTX, with its cache of compiled kernels."""
+    """IRuntimeConfig of RTX."""
 
-    def __init__(self, version: str) -> None:
-        self.version, self.cache, self.strategy, self.cuda_graph_strategy = version, None, 0, 0
-
-    def create_runtime_cache(self) -> Any:
-        own = f"kernels of {self.version}".encode()
-        return SimpleNamespace(serialize=lambda: own, deserialize=lambda data: bytes(data) == own)
-
-    def set_runtime_cache(self, cache: Any) -> None:
-        self.cache = cache
+    def __init__(self) -> None:
+        self.strategy, self.cuda_graph_strategy = 0, 0
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy

@@ -71,7 +71,7 @@ def _recipe() -> Recipe:
 
 
 def _encoder(root: Path, precision: str) -> PartFile:
-    inputs, outputs = [("pixel_values", ["batch", 3, 2, 2])], [("image_features", ["batch", 4, 3])]
+    inputs, outputs = [("pixel_values", ["batch_size", 3, 2, 2])], [("image_features", ["batch_size", 4, 3])]
     nodes = [
         helper.make_node("Reshape", ["pixel_values", "shape"], ["flat"]),
         helper.make_node("Transpose", ["flat"], ["image_features"], perm=[0, 2, 1]),
@@ -86,7 +86,7 @@ def _table(root: Path) -> PartFile:
     rows = np.arange(VOCABULARY * WIDTH, dtype="<f4").reshape(VOCABULARY, WIDTH) / 8
     name = "tensorrt/embed_tokens.onnx"
     (root / f"{name}_data").write_bytes(rows.tobytes())
-    inputs, outputs = [("input_ids", ["batch", "length"])], [("inputs_embeds", ["batch", "length", WIDTH])]
+    inputs, outputs = [("input_ids", ["batch_size", "length"])], [("inputs_embeds", ["batch_size", "length", WIDTH])]
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["inputs_embeds"])]
     _save(root / name, nodes, inputs, outputs, [numpy_helper.from_array(rows, "table")], opset=21)
     table = RowTable(file=f"{name}_data", offset=0, dtype="float32", num_rows=VOCABULARY, num_columns=WIDTH)
@@ -98,12 +98,12 @@ def _decoder(root: Path, precision: str) -> PartFile:
     stem = f"{DECODER}_{precision.replace('-', '_')}"
     weights = np.arange(WIDTH * VOCABULARY, dtype=np.float32).reshape(WIDTH, VOCABULARY)
     (root / f"{stem}.onnx_data").write_bytes(weights.tobytes())
-    inputs = [("inputs_embeds", ["batch", "length", WIDTH]), ("write_indices", ["batch"])]
-    past = [(name, ["batch", 1, "past", 2]) for name in CACHE]
-    new = [(f"present.0.{half}", ["batch", 1, "length", 2]) for half in ("key", "value")]
-    whole = [(name, ["batch", 1, CONTEXT, 2]) for name in CACHE]
-    present = [(name, ["batch", 1, CONTEXT, 2]) for name, _ in new]
-    logits = [("logits", ["batch", 1, VOCABULARY])]
+    inputs = [("inputs_embeds", ["batch_size", "length", WIDTH]), ("write_indices", ["batch_size"])]
+    past = [(name, ["batch_size", 1, "past", 2]) for name in CACHE]
+    new = [(f"present.0.{half}", ["batch_size", 1, "length", 2]) for half in ("key", "value")]
+    whole = [(name, ["batch_size", 1, CONTEXT, 2]) for name in CACHE]
+    present = [(name, ["batch_size", 1, CONTEXT, 2]) for name, _ in new]
+    logits = [("logits", ["batch_size", 1, VOCABULARY])]
     outputs = [*logits, *new]
     _save(root / f"{stem}.onnx", _decoder_nodes(in_place=False), [*inputs, *past], outputs, _constants(stem), opset=21)
     in_place = f"{stem}_in_place.onnx"

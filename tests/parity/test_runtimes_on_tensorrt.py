@@ -60,15 +60,23 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano for TensorRT, beside its parts for ONNX."""
-    root = tmp_path_factory.mktemp("typed") / "nano.bundle"
+    return lowered(tmp_path_factory.mktemp("typed") / "nano.bundle", tuple(CLOSE))
+
+
+def lowered(root: Path, precisions: tuple[str, ...], max_context: int | None = None) -> Path:
+    """A copy of nano at ``root`` with parts for TensorRT as well, its decoder in all ``precisions``."""
     shutil.copytree(find_bundle("nano"), root)
     manifest, target = read_bundle(root).manifest, TensorRtTarget(Lowering())
+    manifest = replace(manifest, max_context=max_context or manifest.max_context)
+    model = load_model("nano").model
+    longer = replace(model.config.decoder, max_position_embeddings=manifest.max_context)
+    model.config, model.decoder.config = replace(model.config, decoder=longer), longer
     (root / "tensorrt").mkdir()
     parts = tuple(
         target.lower(part, root, precision, Extras(max_context=manifest.max_context))
-        for part in split(load_model("nano").model)
+        for part in split(model)
         if part.name != "embed_tokens"
-        for precision in (CLOSE if part.name == DECODER else ("fp32",))
+        for precision in (precisions if part.name == DECODER else ("fp32",))
     )
     write_recipe(root, recipe_of(parts, manifest.max_context, ()))
     write_manifest(root, replace(manifest, parts=(*manifest.parts, *parts)))
@@ -90,9 +98,11 @@ def put_library(monkeypatch: pytest.MonkeyPatch, version: str, flavour: str) -> 
     return module
 
 
-def build(bundle: Bundle, precision: str, batch: int = 1) -> None:
+def build(bundle: Bundle, precision: str, batch: int = 1, profiles: tuple[str, ...] = ()) -> None:
     api = load_tensorrt()
-    options = BuildOptions(encoder_precision="fp32", decoder_precision=precision, batch=batch, workspace_mb=64)
+    options = BuildOptions(
+        encoder_precision="fp32", decoder_precision=precision, batch=batch, profiles=profiles, workspace_mb=64
+    )
     device = Device(name="Fake GPU", compute_capability=(8, 7), room=Room())
     build_engines(bundle, plan_build(bundle, options, api, device), options, api)
 
@@ -119,11 +129,18 @@ class Made:
 def make(typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Made]:
     """``make(kind)``: the bundle with engines of one kind, in one precision, on a fake GPU of some memory."""
 
-    def make(kind: str, precision: str = "fp32", *, memory_mib: int = 256, batch: int = 1) -> Made:
+    def make(
+        kind: str,
+        precision: str = "fp32",
+        *,
+        memory_mib: int = 256,
+        batch: int = 1,
+        profiles: tuple[str, ...] = (),
+    ) -> Made:
         root = shutil.copytree(typed, tmp_path / kind)
         library = put_library(monkeypatch, *KINDS[kind])
         cuda = install(monkeypatch, fake_cuda(memory_bytes=memory_mib * MIB))
-        build(read_bundle(root), precision, batch)
+        build(read_bundle(root), precision, batch, profiles)
         return Made(root, cuda, library)
 
     return make
@@ -168,6 +185,19 @@ def test_the_logits_are_those_of_the_graph_on_the_cpu(
 
 
 @EVERY
+def test_a_decoder_with_one_profile_gives_the_same_logits(
+    make: Callable[..., Made], typed: Path, rows: Float, kind: str
+) -> None:
+    with on_cpu(typed, "fp32") as opened:
+        expected = walk(opened, rows)
+    made = make(kind, profiles=("prefill",))
+    with made.session() as session:
+        found = walk(session, rows)
+    assert np.abs(found - expected).max() < CLOSE["fp32"] * np.abs(expected).max()
+    assert made.cuda.misuse == []
+
+
+@EVERY
 def test_an_answer_is_word_for_word_that_of_the_cpu(make: Callable[..., Made], typed: Path, kind: str) -> None:
     made, answers = make(kind), []
     for root, runtime in ((typed, "tensorrt-on-cpu"), (made.root, "tensorrt")):
@@ -198,11 +228,12 @@ def encoder_contexts(made: Made) -> list[Any]:
     return [context for context in made.library.fake.contexts if "pixel_values" in context.engine.inputs]
 
 
+@pytest.mark.parametrize("profiles", [(), ("prefill",)], ids=["two profiles", "prefill alone"])
 @pytest.mark.parametrize(("kind", "num_captured"), [("rows", 2), ("in-place", 1)])
 def test_a_step_is_captured_once_for_every_bucket(
-    make: Callable[..., Made], rows: Float, kind: str, num_captured: int
+    make: Callable[..., Made], rows: Float, kind: str, num_captured: int, profiles: tuple[str, ...]
 ) -> None:
-    with make(kind).session() as session:
+    with make(kind, profiles=profiles).session() as session:
         session.prefill(rows[:, :250])
         step = decoder_of(session).step
         for token in range(20):
@@ -215,8 +246,9 @@ def test_a_step_is_captured_once_for_every_bucket(
         assert (step.num_captured, step.num_launched) == (num_captured, 21 - num_captured)
 
 
-def test_rtx_makes_its_own_graphs(make: Callable[..., Made], rows: Float) -> None:
-    made = make("rtx")
+@pytest.mark.parametrize("profiles", [(), ("prefill",)], ids=["two profiles", "prefill alone"])
+def test_rtx_makes_its_own_graphs(make: Callable[..., Made], rows: Float, profiles: tuple[str, ...]) -> None:
+    made = make("rtx", profiles=profiles)
     with made.session() as session:
         session.prefill(rows[:, :5])
         session.decode(3)
@@ -226,19 +258,21 @@ def test_rtx_makes_its_own_graphs(make: Callable[..., Made], rows: Float) -> Non
     assert strategies == {0, 1}  # only the context of single rows captures
 
 
+@pytest.mark.parametrize("error", ["cudaErrorStreamCaptureUnsupported", "cudaErrorMemoryAllocation"])
 def test_a_step_that_cannot_be_captured_runs_all_the_same(
-    make: Callable[..., Made], rows: Float, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Made], rows: Float, caplog: pytest.LogCaptureFixture, error: str
 ) -> None:
     made = make("rows")
     with made.session() as session, caplog.at_level(logging.WARNING):
         session.prefill(rows[:, :5])
         expected = [session.decode(token) for token in (3, 4, 5)]
         session.rewind(5)
-        made.cuda.fail["cudaGraphInstantiateWithFlags"] = cudaError_t.cudaErrorStreamCaptureUnsupported
+        made.cuda.fail["cudaGraphInstantiateWithFlags"] = cudaError_t[error]
         decoder_of(session).step.close()
+        made.cuda.calls.clear()
         found = [session.decode(token) for token in (3, 4, 5)]
     assert np.array_equal(expected, found)
-    assert len(caplog.messages) == 1
+    assert made.cuda.calls["cudaStreamBeginCapture"] == len(caplog.messages) == 1  # not again with every token
     assert "without CUDA graphs" in caplog.text
 
 
@@ -271,6 +305,25 @@ def test_a_prompt_longer_than_a_profile_goes_in_portions(
             assert session.position == count
             opened.rewind(0)
             session.rewind(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", "in-place"])
+def test_a_prompt_longer_than_every_profile_of_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    root = lowered(tmp_path / "long", ("fp32",), max_context=4096)
+    put_library(monkeypatch, *KINDS[kind])
+    made = Made(root, install(monkeypatch, fake_cuda()), None)
+    build(read_bundle(root), "fp32")
+    width = read_bundle(root).manifest.decoder.hidden_size
+    prompt = np.random.default_rng(2).standard_normal((1, 2500, width)).astype(np.float32)
+    with on_cpu(root, "fp32") as opened, made.session() as session:
+        assert decoder_of(session)._chunk_rows == 1024
+        found = [np.stack([one.prefill(prompt), one.decode(3), one.decode(4)]) for one in (opened, session)]
+        assert session.position == 2502
+    assert np.abs(found[1] - found[0]).max() < CLOSE["fp32"] * np.abs(found[0]).max()
+    assert made.num_held == 0
 
 
 def _shorter(recipe: Recipe, longest: int) -> Recipe:

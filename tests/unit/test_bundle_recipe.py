@@ -12,7 +12,9 @@ from edgevlm.bundle.paths import RECIPE_FILE
 from edgevlm.bundle.recipe import PartRecipe, Profile, Recipe, past_buckets, write_recipe
 from edgevlm.core.config import from_mapping, read_json
 from edgevlm.core.errors import ConfigError, UnsupportedError
-from edgevlm.export.engine_profiles import recipe_of
+from edgevlm.export.engine_profiles import PREFILL_ROWS, recipe_of
+
+QWEN2_HEADS, QWEN2_CONTEXT = 14, 32_768  # of the decoder with half a billion parameters
 
 
 def part(name: str, *inputs: TensorSpec) -> PartFile:
@@ -57,15 +59,36 @@ def test_a_decoder_is_built_for_one_row_and_many_of_one_two_and_four_sequences()
         *("decode", "prefill", "decode-batch-2", "prefill-batch-2", "decode-batch-4", "prefill-batch-4")
     ]
     assert profiles["decode"]["past_key_values.0.key"] == ((1, 2, 256, 16), (1, 2, 1024, 16), (1, 2, 2048, 16))
-    assert profiles["prefill-batch-2"]["inputs_embeds"] == ((2, 1, 32), (2, 256, 32), (2, 2048, 32))
+    assert profiles["prefill-batch-2"]["inputs_embeds"] == ((2, 1, 32), (2, 256, 32), (2, 512, 32))
+    assert profiles["prefill"]["inputs_embeds"] == ((1, 1, 32), (1, 256, 32), (1, 1024, 32))
+    assert profiles["prefill"]["past_key_values.0.key"] == profiles["decode"]["past_key_values.0.key"]
     assert profiles["decode-batch-4"]["write_indices"] == ((4,), (4,), (4,))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scores_of_a_long_context_stay_small(in_place: bool) -> None:
+    recipe = recipe_of([DECODER], QWEN2_CONTEXT, ()).of("decoder_model_merged", in_place=in_place)
+    for profile in recipe.profiles:
+        batch, new, _ = profile.shapes["inputs_embeds"][2]
+        past = profile.shapes["past_key_values.0.key"][2][2]
+        assert past == QWEN2_CONTEXT
+        assert batch * new <= PREFILL_ROWS
+        assert batch * QWEN2_HEADS * new * (past + new) * 2 < 2e9  # bytes of one layer's scores in float16
+
+
+@pytest.mark.parametrize("max_context", [1, 100, 300])
+def test_a_prompt_is_no_longer_than_a_short_context(max_context: int) -> None:
+    for profile in recipe_of([DECODER], max_context, ()).of("decoder_model_merged").profiles:
+        assert profile.shapes["inputs_embeds"][2][1] <= max_context
 
 
 def test_a_cache_that_is_written_in_place_has_one_length() -> None:
     recipe = recipe_of([DECODER], 300, ()).of("decoder_model_merged", in_place=True)
     for profile in recipe.profiles:
         assert {shape[2] for shape in profile.shapes["past_key_values.0.key"]} == {300}
-        assert profile.shapes["inputs_embeds"][2][1] == (1 if "decode" in profile.name else 300)
+        assert profile.shapes["inputs_embeds"][2][1] == (
+            1 if "decode" in profile.name else min(300, PREFILL_ROWS // profile.batch)
+        )
 
 
 def test_an_encoder_is_built_for_every_number_and_size_of_pictures() -> None:
@@ -89,7 +112,11 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
     recipe = recipe_of([ENCODER, FUSION, DECODER], 512, ())
     write_recipe(tmp_path, recipe)
     assert from_mapping(Recipe, read_json(tmp_path / RECIPE_FILE), strict=True, where="here") == recipe
-    assert recipe.buckets == (256, 512)
+
+
+def test_a_recipe_knows_how_much_is_taken_at_once() -> None:
+    profiles = recipe_of([DECODER], 512, ()).of("decoder_model_merged").profiles
+    assert [profile.batch for profile in profiles] == [1, 1, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize("shapes", [((1, 2),), ((1, 2), (1, 3), (1,)), ((2, 2), (1, 2), (3, 2)), ((0,), (1,), (2,))])

@@ -104,7 +104,7 @@ def test_a_plugin_is_registered_once_and_computes_what_is_opened_with_it(
     device = device_of(RTX)
     assert device_of(f"{RTX}:0") == device == Device(RTX, CPU, plugin=True)
     assert plugin == [(CPU, "x.so")]
-    assert (device.providers, device.memory, device.off_host) == (None, "cuda", True)
+    assert (device.providers, device.memory, device.off_host) == (None, "cpu", False)
     options = session_options("embed_tokens", 1, device)
     assert options.has_providers()
     graph = onnxruntime.InferenceSession(str(shipped), options, providers=device.providers)

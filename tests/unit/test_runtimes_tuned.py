@@ -22,12 +22,11 @@ from edgevlm.runtimes.tuned import (
     TunedMachine,
     machine_key,
     read_tunes,
-    require_writable,
     surroundings,
     tuned_choices,
     write_tune,
 )
-from edgevlm.shipped import find_bundle
+from edgevlm.shipped import find_bundle, require_writable
 
 ENCODER = PartChoice(runtime="other", precision="int8", threads=3)
 DECODER = PartChoice(runtime="onnxruntime", precision="int4-b128", threads=2)
@@ -193,15 +192,15 @@ def test_another_bundle_in_the_folder_must_be_tuned_again(bundle: Bundle) -> Non
 
 
 def test_a_folder_that_cannot_be_written_is_told_beforehand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_writable(bundle.root)
+    require_writable(bundle.root, "tune.json", instead="tune a copy")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(UsageError, match="tune a copy, or give --dry-run"):
-        require_writable(bundle.root)
+    with pytest.raises(UsageError, match=r"may not be written, so no tune\.json can lie there: tune a copy"):
+        require_writable(bundle.root, "tune.json", instead="tune a copy")
 
 
 def test_what_the_package_ships_is_not_written_to() -> None:
-    with pytest.raises(UsageError, match=r"nano.bundle belongs to the package"):
-        require_writable(find_bundle("nano"))
+    with pytest.raises(UsageError, match=r"nano.bundle belongs to the package: tune a copy"):
+        require_writable(find_bundle("nano"), "tune.json", instead="tune a copy")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b"\xff", b'{"schema": 1, "machines": 3}'])

@@ -13,7 +13,6 @@ from edgevlm.runtimes.trt.cuda import (
     MODULES,
     CudaDevice,
     DeviceMemory,
-    Event,
     PinnedMemory,
     Staging,
     Stream,
@@ -135,15 +134,6 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def test_events_measure_the_device(fake: FakeCuda) -> None:
-    device = CudaDevice()
-    with Event(device.cuda) as first, Event(device.cuda) as last:
-        first.record(device.stream)
-        last.record(device.stream)
-        last.wait()
-        assert last.ms_since(first) > 0
-
-
 def test_the_last_user_gives_stream_and_workspace_back(fake: FakeCuda) -> None:
     device = CudaDevice()
     for _ in range(2):
@@ -167,6 +157,29 @@ def test_a_workspace_grows_and_says_so(fake: FakeCuda) -> None:
     workspace.reserve(2000)
     assert workspace.version > version
     assert len(fake.device) == 1
+
+
+def test_a_workspace_without_room_for_old_and_new_gives_the_old_back_first(fake: FakeCuda) -> None:
+    workspace = CudaDevice().workspace
+    workspace.reserve(5 * MIB)
+    workspace.reserve(6 * MIB)
+    assert workspace.num_bytes == 6 * MIB
+    assert list(fake.device) == [workspace.address]
+
+
+def test_a_workspace_that_cannot_grow_stays_as_large_as_it_was(fake: FakeCuda) -> None:
+    workspace = CudaDevice().workspace
+    workspace.reserve(5 * MIB)
+    version = workspace.version
+    with pytest.raises(DoesNotFitError, match="the engines' workspace, 9"):
+        workspace.reserve(9 * MIB)
+    assert workspace.num_bytes == 5 * MIB
+    assert list(fake.device) == [workspace.address]
+    assert workspace.version > version  # whoever captured with the old address must not go on
+    workspace.close()
+    with pytest.raises(DoesNotFitError):
+        workspace.reserve(9 * MIB)
+    assert (workspace.num_bytes, workspace.address) == (0, 0)
 
 
 def test_a_device_is_described(fake: FakeCuda) -> None:

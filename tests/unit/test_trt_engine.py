@@ -39,15 +39,15 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Callable[[], tuple[Any, TensorRt]]:
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Callable[..., tuple[Any, TensorRt]]:
     """The tiny bundle with its engines, and a back end for it."""
 
-    def open_it() -> tuple[Any, TensorRt]:
+    def open_it(*profiles: str) -> tuple[Any, TensorRt]:
         for name in MODULES:
             monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.3.0"))
         bundle, api = read_bundle(write_trt_bundle(tmp_path / "tiny.bundle")), load_tensorrt()
-        options = BuildOptions(workspace_mb=64)
+        options = BuildOptions(workspace_mb=64, profiles=profiles)
         device = Device(name="Fake GPU", compute_capability=(8, 7), room=Room())
         build_engines(bundle, plan_build(bundle, options, api, device), options, api)
         return bundle, TensorRt()
@@ -115,7 +115,10 @@ def test_rows_can_be_cleared_from_any_on(cuda: FakeCuda, layout: CacheLayout) ->
     for name in layout.names:
         assert np.array_equal(found[name][:, :, :3], rows[name][:, :, :3])
         assert not found[name][:, :, 3:].any()
-    cache.clear(12)  # beyond the bucket there is nothing
+    cuda.calls.clear()
+    for start in (8, 12):  # beyond the bucket there is nothing
+        cache.clear(start)
+    assert cuda.calls["cudaMemset2DAsync"] == 0
     cache.close()
 
 
@@ -170,7 +173,7 @@ def test_numbers_that_are_read_are_the_callers_own(dtype: str) -> None:
     assert found.tolist() == [1, 2, 3]
 
 
-def test_the_narrowest_profile_is_taken(opened: Callable[[], tuple[Any, TensorRt]]) -> None:
+def test_the_narrowest_profile_is_taken(opened: Callable[..., tuple[Any, TensorRt]]) -> None:
     bundle, back_end = opened()
     part = bundle.manifest.part("decoder_model_merged", "tensorrt")
     engine, _ = back_end._open(bundle, part)
@@ -187,8 +190,38 @@ def test_the_narrowest_profile_is_taken(opened: Callable[[], tuple[Any, TensorRt
     engine.close()
 
 
-def test_the_tiny_bundle_runs(opened: Callable[[], tuple[Any, TensorRt]], cuda: FakeCuda) -> None:
+def test_a_workspace_that_was_lost_is_reserved_again(opened: Callable[..., tuple[Any, TensorRt]]) -> None:
     bundle, back_end = opened()
+    engine, _ = back_end._open(bundle, bundle.manifest.part("vision_encoder", "tensorrt"))
+    shapes, workspace = {"pixel_values": (1, 3, 2, 2)}, engine.device.workspace
+    context = engine.context(shapes)
+    context.bind(shapes, {})
+    needed = workspace.num_bytes
+    workspace.close()
+    context.bind(shapes, {})
+    assert workspace.num_bytes == needed > 0
+    engine.close()
+
+
+def test_one_profile_has_a_context_for_prompts_and_one_for_what_repeats(
+    opened: Callable[..., tuple[Any, TensorRt]],
+) -> None:
+    bundle, back_end = opened("prefill")
+    engine, _ = back_end._open(bundle, bundle.manifest.part("decoder_model_merged", "tensorrt"))
+    past = dict.fromkeys(("past_key_values.0.key", "past_key_values.0.value"), (1, 1, CONTEXT, 2))
+    one, many = ({"inputs_embeds": (1, count, WIDTH), "write_indices": (1,), **past} for count in (1, 5))
+    prompt, step = engine.context(many), engine.context(one, repeats=True)
+    assert prompt is not step
+    assert engine.context(one) is prompt
+    assert engine.context(one, repeats=True) is step
+    engine.close()
+
+
+@pytest.mark.parametrize("profiles", [(), ("prefill",), ("decode",)])
+def test_the_tiny_bundle_runs(
+    opened: Callable[..., tuple[Any, TensorRt]], cuda: FakeCuda, profiles: tuple[str, ...]
+) -> None:
+    bundle, back_end = opened(*profiles)
     manifest = bundle.manifest
     table = manifest.part("embed_tokens", "tensorrt").table
     assert table is not None
@@ -211,13 +244,13 @@ def test_the_tiny_bundle_runs(opened: Callable[[], tuple[Any, TensorRt]], cuda: 
     assert cuda.misuse == []
 
 
-def test_an_embedding_without_a_table_is_refused(opened: Callable[[], tuple[Any, TensorRt]]) -> None:
+def test_an_embedding_without_a_table_is_refused(opened: Callable[..., tuple[Any, TensorRt]]) -> None:
     bundle, back_end = opened()
     with pytest.raises(UnsupportedError, match="does not say where its rows lie"):
         back_end.open_embedding(bundle, bundle.manifest.part("embed_tokens", "tensorrt"))
 
 
-def test_an_encoder_without_its_output_is_refused(opened: Callable[[], tuple[Any, TensorRt]], cuda: FakeCuda) -> None:
+def test_an_encoder_without_its_output_is_refused(opened: Callable[..., tuple[Any, TensorRt]], cuda: FakeCuda) -> None:
     bundle, back_end = opened()
     decoder = bundle.manifest.part("decoder_model_merged", "tensorrt")
     with pytest.raises(IntegrityError, match="its engine has no pixel_values"):

@@ -16,6 +16,7 @@ from fakes.trt_bundle import write_trt_bundle
 from edgevlm.bundle.manifest import PartFile
 from edgevlm.bundle.pack import pack, unpack
 from edgevlm.bundle.read import Bundle, read_bundle
+from edgevlm.bundle.recipe import PartRecipe, Profile, Recipe, read_recipe, write_recipe
 from edgevlm.bundle.write import write_sums
 from edgevlm.core.errors import DeviceError, IntegrityError, UnsupportedError
 from edgevlm.runtimes.trt import store
@@ -42,11 +43,15 @@ def part_of(bundle: Bundle, name: str = "vision_encoder") -> PartFile:
 def put(bundle: Bundle, part: PartFile, api: Api, capability: str = "8.7", **options: Any) -> Path:
     """Keep an engine of ``part`` for that device, and return its file."""
     graph = graph_of(part, api)[0]
+    recipe = read_recipe(bundle)
+    profiles = recipe.of(part.part, in_place=graph == part.in_place).profiles[:1]
     settings: dict[str, Any] = {"flavour": api.flavour, "version": api.version_text, **options}
-    key = make_key(bundle, part, graph, [], compute_capability=capability, **settings)
+    key = make_key(
+        bundle, part, graph, profiles, max_context=recipe.max_context, compute_capability=capability, **settings
+    )
     folder = bundle.root / key.folder
     folder.mkdir(parents=True, exist_ok=True)
-    keep_engine(folder, store.stem_of(graph), ENGINE, key, ["batch-1"])
+    keep_engine(folder, store.stem_of(graph), ENGINE, key, [profiles[0].name], 64)
     return folder / f"{store.stem_of(graph)}.engine"
 
 
@@ -124,6 +129,57 @@ def test_a_graph_that_changed_needs_its_engine_again(bundle: Bundle) -> None:
         find_engine(bundle, part, api, ORIN)
 
 
+@pytest.mark.parametrize("change", ["max_context", "shapes", "name"])
+def test_a_recipe_that_changed_needs_its_engines_again(bundle: Bundle, change: str) -> None:
+    part, api = part_of(bundle), fake_api()
+    put(bundle, part, api)
+    recipe = read_recipe(bundle)
+    first, *others = recipe.parts["vision_encoder"].profiles
+    changed = {
+        "max_context": replace(recipe, max_context=32),
+        "shapes": with_encoder(recipe, replace(first, shapes={"pixel_values": ((1, 3, 4, 4),) * 3}), *others),
+        "name": with_encoder(recipe, replace(first, name="one"), *others),
+    }
+    write_recipe(bundle.root, changed[change])
+    words = (
+        r"vision_encoder_fp16\.engine was built for other sizes than tensorrt/build\.json has now: run `edgevlm build"
+    )
+    with pytest.raises(IntegrityError, match=words):
+        find_engine(bundle, part, api, ORIN)
+
+
+def with_encoder(recipe: Recipe, *profiles: Profile) -> Recipe:
+    return replace(recipe, parts={**recipe.parts, "vision_encoder": PartRecipe(profiles=profiles)})
+
+
+@pytest.mark.parametrize("damage", ["index", "cut", "stale"])
+def test_a_folder_that_is_damaged_does_not_block_a_good_engine(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    part, api = part_of(bundle), fake_api("10.13.2")
+    bad = put(bundle, part, api)
+    good = put(bundle, part, fake_api(), version_compatible=True)
+    if damage == "index":
+        (bad.parent / "engine.json").write_text("{")
+    elif damage == "cut":
+        bad.write_bytes(b"")
+    else:
+        write_index(bad, sources={})
+    assert find_engine(bundle, part, api, ORIN).path == good
+    assert "passed over" in caplog.text
+    good.unlink()
+    with pytest.raises(IntegrityError, match="edgevlm build"):
+        find_engine(bundle, part, api, ORIN)
+
+
+def write_index(engine: Path, **changes: Any) -> None:
+    """Let the list of engines say something else about the key of ``engine``."""
+    file = engine.parent / "engine.json"
+    index = json.loads(file.read_text())
+    index["engines"][engine.stem]["key"].update(changes)
+    file.write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize("content", [b"", ENGINE[:-1], b"X" + ENGINE[1:]])
 def test_a_damaged_engine_is_not_opened(bundle: Bundle, content: bytes) -> None:
     part, api = part_of(bundle), fake_api()
@@ -167,9 +223,9 @@ def test_an_engine_that_is_built_again_is_never_listed_with_the_old_hash(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "sha256", full)
-    key = make_key(bundle, part, part.file, [], compute_capability="8.7", flavour="tensorrt", version="10.3.0")
+    key = store.read_index(folder).engines["vision_encoder_fp16"].key
     with pytest.raises(Exception, match="no space left"):
-        keep_engine(folder, "vision_encoder_fp16", b"a new one", key, [])
+        keep_engine(folder, "vision_encoder_fp16", b"a new one", key, [], 64)
     assert json.loads((folder / "engine.json").read_text())["engines"] == {}
     assert not list(folder.glob(".*"))
 
@@ -179,7 +235,9 @@ def test_only_a_whole_engine_with_the_same_key_is_kept(bundle: Bundle) -> None:
     path = put(bundle, part, api)
     key = store.read_index(path.parent).engines[path.stem].key
     assert kept_engine(path.parent, path.stem, key) is not None
-    assert kept_engine(path.parent, path.stem, replace(key, workspace_mb=7)) is None
+    assert kept_engine(path.parent, path.stem, replace(key, recipe="another")) is None
+    assert kept_engine(path.parent, path.stem, key, 64) is not None
+    assert kept_engine(path.parent, path.stem, key, 65) is None
     path.write_bytes(b"cut")
     assert kept_engine(path.parent, path.stem, key) is None
 

@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -40,8 +41,8 @@ Report: TypeAlias = Callable[[str], None]
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_bindings")
 OLDEST = (10, 3)  # JetPack 6; before it, networks are typed otherwise and int4 blocks are unknown
 ALWAYS_TYPED_FROM = 11
-MIB = 1 << 20
 MOST_LOGGED = 200
+WAIT_S = 0.2  # between two looks at a build: on Windows a thread that waits for longer takes no Ctrl-C
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "could not be allocated", "bad_alloc")
 NO_DRIVER = "cuda runtime ("  # how TensorRT tells an error of CUDA itself
 DTYPES = {  # as TensorRT says it: as manifests say it
@@ -122,16 +123,6 @@ class Api:
         return hasattr(getattr(self.module, "INetworkDefinition", None), "add_kv_cache_update")
 
     @property
-    def has_fp4(self) -> bool:
-        """Whether 4-bit floats are known (from 10.8)."""
-        return self.has_type("FP4")
-
-    @property
-    def has_int4(self) -> bool:
-        """Whether blocks of 4-bit integers are known."""
-        return self.has_type("INT4")
-
-    @property
     def has_timing_cache(self) -> bool:
         """Whether timings of a build speed up the next; TensorRT-RTX times nothing, and asks for a GPU if told to."""
         return self.flavour == "tensorrt" and hasattr(self.module.IBuilderConfig, "create_timing_cache")
@@ -171,13 +162,19 @@ class Api:
     def build(
         self, graph: Path, settings: BuildSettings, *, report: Report | None = None, timing_cache: bytes | None = None
     ) -> Built:
-        """The engine of the ONNX file ``graph``; ``report`` hears how far it is ("12 of 80").
+        """The engine of the ONNX file ``graph``; ``report`` hears how far it is ("12 of 80"), in another thread.
 
-        A signal such as Ctrl-C ends the build at its next step and is then handled as usual.
+        All of it happens in a thread of its own, which has CUDA's first device whatever the caller's has.  A signal
+        such as Ctrl-C ends the build at its next step and is then handled as usual.
 
         Raises UnsupportedError for a graph that this version does not take, DoesNotFitError where memory ran out,
         UsageError for settings that it lacks.
         """
+        with _signals_held() as held:
+            monitor = _monitor(self.module, report or (lambda step: None), held)
+            return _beside(lambda: self._build(graph, settings, monitor, timing_cache), held)
+
+    def _build(self, graph: Path, settings: BuildSettings, monitor: Any, timing_cache: bytes | None) -> Built:
         log = _log_of(self.module)
         log.messages.clear()
         builder = self.made(self.module.Builder(log), "builder", log)
@@ -187,11 +184,9 @@ class Api:
             raise UnsupportedError(f"{graph.name}: {self.name} cannot read it: {_parser_errors(parser) or log.last()}")
         config = self._config(builder, settings)
         cache = self._attach_timing_cache(config, timing_cache)
-        with _signals_held() as held:
-            monitor = _monitor(self.module, report or (lambda step: None), held)
-            if monitor is not None:
-                config.progress_monitor = monitor
-            engine = builder.build_serialized_network(network, config)
+        if monitor is not None:
+            config.progress_monitor = monitor
+        engine = builder.build_serialized_network(network, config)
         if engine is None:
             raise self._build_failure(graph, log)
         kept = bytes(cache.serialize()) if cache is not None else None
@@ -296,12 +291,6 @@ class Engine:
         """How many optimization profiles it was built with."""
         return int(self.raw.num_optimization_profiles)
 
-    @property
-    def device_memory_bytes(self) -> int:
-        """What one context needs on the device, weights apart; the largest profile decides."""
-        newer = getattr(self.raw, "device_memory_size_v2", None)
-        return int(self.raw.device_memory_size if newer is None else newer)
-
     def memory_of_profile(self, profile: int) -> int:
         """What one context needs on the device while it follows the profile numbered ``profile``, weights apart."""
         newer = getattr(self.raw, "get_device_memory_size_for_profile_v2", None)
@@ -328,44 +317,36 @@ class Engine:
         smallest, best, largest = (tuple(shape) for shape in self.raw.get_tensor_profile_shape(name, profile))
         return smallest, best, largest
 
-    def create_context(self, *, own_memory: bool = True, repeats: bool = False, runtime_cache: bytes = b"") -> Context:
+    def create_context(self, *, own_memory: bool = True, repeats: bool = False) -> Context:
         """What runs the engine, one at a time; several may stand beside each other, each with a profile of its own.
 
         Without ``own_memory`` the caller lends it some before it runs (:meth:`Context.set_memory`), so that contexts
         that never run at once can share.  ``repeats``: it will run with the same shapes many times, which is worth a
-        CUDA graph where :attr:`Api.captures_itself`.  ``runtime_cache``, for TensorRT-RTX: what
-        :meth:`Context.runtime_cache` gave before, so that kernels need not be compiled again.  Raises DoesNotFitError
-        where memory is short.
+        CUDA graph where :attr:`Api.captures_itself`.  Raises DoesNotFitError where memory is short.
         """
         log = _log_of(self.api.module)
         log.messages.clear()
         strategies = self.api.module.ExecutionContextAllocationStrategy
         strategy = strategies.STATIC if own_memory else strategies.USER_MANAGED
-        config = self._runtime_config(runtime_cache, strategy, repeats=repeats)
-        raw = self.raw.create_execution_context(config[0] if config else strategy)
+        config = self._runtime_config(strategy, repeats=repeats)
+        raw = self.raw.create_execution_context(strategy if config is None else config)
         return Context(self.api, self.api.made(raw, "execution context", log), self, config)
 
-    def _runtime_config(self, runtime_cache: bytes, strategy: Any, *, repeats: bool) -> tuple[Any, Any] | None:
-        """TensorRT-RTX's settings with its cache of compiled kernels; None for TensorRT, which has none."""
+    def _runtime_config(self, strategy: Any, *, repeats: bool) -> Any:
+        """TensorRT-RTX's settings for a context; None for TensorRT, which takes the ``strategy`` alone."""
         if self.api.flavour != "rtx" or not hasattr(self.raw, "create_runtime_config"):
             return None
         config = self.raw.create_runtime_config()
-        if not hasattr(config, "create_runtime_cache"):
-            return None
         config.set_execution_context_allocation_strategy(strategy)
-        cache = config.create_runtime_cache()
-        if runtime_cache and not cache.deserialize(runtime_cache):
-            logger.warning("the cache of compiled kernels is ignored: it was made by another version")
-        config.set_runtime_cache(cache)
         if repeats and hasattr(self.api.module, "CudaGraphStrategy"):
             config.cuda_graph_strategy = self.api.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return config, cache
+        return config
 
 
 class Context:
     """One run of an engine at a time: shapes and addresses are set, then it is enqueued on a stream."""
 
-    def __init__(self, api: Api, raw: Any, engine: Engine, config: tuple[Any, Any] | None) -> None:
+    def __init__(self, api: Api, raw: Any, engine: Engine, config: Any) -> None:
         self.api, self.raw, self.engine = api, raw, engine
         self._config = config  # which must outlive the context
 
@@ -396,10 +377,6 @@ class Context:
         """Bind the device memory at ``address`` to the tensor ``name``."""
         self._check(self.raw.set_tensor_address(name, address), f"the address of {name}")
 
-    def missing(self) -> tuple[str, ...]:
-        """The inputs whose shapes are not all set yet."""
-        return tuple(self.raw.infer_shapes())
-
     def enqueue(self, stream: int) -> None:
         """Run on the CUDA stream ``stream``.
 
@@ -410,10 +387,6 @@ class Context:
         if not self.raw.execute_async_v3(stream):
             self.api.raise_if_out_of_memory("running the engine", log)
             raise DeviceError(f"{self.api.name} could not run the engine: {log.last()}")
-
-    def runtime_cache(self) -> bytes:
-        """TensorRT-RTX's compiled kernels, to be given to the next context; empty for TensorRT."""
-        return bytes(self._config[1].serialize()) if self._config else b""
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
@@ -516,9 +489,10 @@ def _log_of(module: Any) -> Any:
 
 @dataclass
 class _Held:
-    """Signals that came while the vendor's code ran."""
+    """Signals that came while the vendor's code ran; ``is_given_up``: nobody waits for it any more."""
 
     signals: list[int] = field(default_factory=list)
+    is_given_up: bool = False
 
 
 @contextmanager
@@ -553,6 +527,22 @@ def _signals_held() -> Iterator[_Held]:
             signal.raise_signal(number)
 
 
+def _beside(work: Callable[[], Built], held: _Held) -> Built:
+    """What ``work`` gives, done in a thread of its own.
+
+    Python handles signals in the main thread, between two of its steps; inside the vendor's code it would take none.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt") as pool:
+        building = pool.submit(work)
+        try:
+            while not building.done():
+                wait([building], timeout=WAIT_S)
+        except BaseException:
+            held.is_given_up = True
+            raise
+        return building.result()
+
+
 def _monitor(module: Any, report: Report, held: _Held) -> Any:
     """What TensorRT tells its progress to, and asks whether to go on; None where a version has none."""
     if not hasattr(module, "IProgressMonitor"):
@@ -572,7 +562,7 @@ def _monitor(module: Any, report: Report, held: _Held) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.steps:
                 self._tell(f"{step + 1} of {self.steps[phase_name]}")
-            return not held.signals
+            return not (held.signals or held.is_given_up)
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgevlm import shipped
 from edgevlm.bundle.manifest import PartFile
 from edgevlm.bundle.paths import inside
 from edgevlm.bundle.read import Bundle
@@ -31,6 +29,7 @@ from edgevlm.runtimes.trt.memory import (
     MIB,
     Need,
     Room,
+    Work,
     default_workspace_mb,
     fits,
     io_bytes,
@@ -50,12 +49,15 @@ from edgevlm.runtimes.trt.store import (
     stem_of,
     sweep,
 )
+from edgevlm.shipped import require_writable
 
 logger = logging.getLogger(__name__)
 
 TARGET = "tensorrt"
 BUILT_PARTS = ("vision_encoder", "fusion", "decoder_model_merged")  # embed_tokens is a table, read without an engine
 BATCHES = (1, 2, 4)
+BATCH = "batch_size"  # the name of the free size that counts pictures or questions
+PREFILL = "prefill"  # the decoder's profile for any number of rows, one included
 MOST_TIMING_BYTES = 256 << 20
 
 
@@ -78,11 +80,17 @@ DEMANDS = {  # by the first word of a precision
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What the user asked for; None takes the bundle's default precision, or a workspace that fits the device."""
+    """What the user asked for; None takes the bundle's default precision, or a workspace that fits the device.
+
+    An engine with another workspace is built again where ``workspace_mb`` is a number, and kept where it is None.
+
+    ``profiles``: names of those that an engine gets, where its part has one of them; else it gets all up to ``batch``.
+    """
 
     encoder_precision: str | None = None
     decoder_precision: str | None = None
     batch: int = 1
+    profiles: tuple[str, ...] = ()
     workspace_mb: int | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
@@ -103,7 +111,7 @@ class EnginePlan:
     graph: str
     in_place: bool
     profiles: tuple[Profile, ...]
-    weight_bytes: int
+    work: Work
     need: Need
     key: EngineKey
     file: str
@@ -141,8 +149,8 @@ class EngineResult:
 def plan_build(bundle: Bundle, options: BuildOptions, api: Api | None, device: Device) -> BuildPlan:
     """What would be built of ``bundle`` for ``device``.
 
-    Raises UnsupportedError where the bundle was exported for another target, lacks a precision, or holds one that the
-    library or the device lacks.
+    Raises UnsupportedError where the bundle was exported for another target, lacks a precision or a profile, or holds a
+    precision that the library or the device lacks.
     """
     recipe = read_recipe(bundle)
     workspace_mb = options.workspace_mb or default_workspace_mb(device.room)
@@ -150,6 +158,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, api: Api | None, device: D
     parts = [_part(bundle, name, options) for name in _present(bundle)]
     for part in parts:
         _check_demands(part, api, device)
+    _check_profiles(parts, recipe, options, api)
     engines = tuple(_engine_plan(bundle, part, recipe, settled, api, device) for part in parts)
     return BuildPlan(
         bundle=bundle.root,
@@ -170,15 +179,18 @@ def build_engines(
     overwrite: bool = False,
     timing_cache: Path | None = None,
     report: Callable[[str], None] = lambda step: None,
+    room_now: Callable[[], Room] | None = None,
 ) -> tuple[EngineResult, ...]:
     """Build what ``plan`` names and is not there yet; ``report`` hears the engine's name, and how far it is.
 
-    Every engine stands by itself: after an interruption the next call goes on with those that lack.
+    Every engine stands by itself: after an interruption the next call goes on with those that lack.  ``room_now`` is
+    asked before each that is built, since others take and give back memory meanwhile; None believes the plan.
 
     Raises DoesNotFitError before a build that would run out of memory or disk, DeviceError where another build is at
-    work, and what ``Api.build`` raises.
+    work, UnsupportedError for a device that nobody knows, and what ``Api.build`` raises.
     """
-    require_writable(bundle.root)
+    require_writable(bundle.root, "engines", instead="build those of a copy (cp -r)")
+    _check_device(plan.device)
     _check_flags(options, api, plan.device)
     results = []
     with locked(bundle):
@@ -189,21 +201,29 @@ def build_engines(
         cache_file = timing_cache or folder / TIMING_FILE
         for engine in plan.engines:
             report(engine.stem)
-            entry = None if overwrite else kept_engine(folder, engine.stem, engine.key)
+            entry = None if overwrite else kept_engine(folder, engine.stem, engine.key, options.workspace_mb)
             if entry is not None:
                 results.append(_result(engine, entry.num_bytes, was_there=True))
                 continue
-            _require_room(bundle, engine, options, plan)
-            results.append(_build_one(bundle, engine, plan, api, cache_file, report))
+            room = room_now() if room_now else plan.device.room
+            settled = _settled(engine, options, room)
+            _require_room(bundle, settled, room)
+            results.append(_build_one(bundle, settled, plan, api, cache_file, report))
     return tuple(results)
 
 
-def require_writable(root: Path) -> None:
-    """Raises UsageError where no engine can be written, before minutes are spent on building it."""
-    if root.is_relative_to(shipped.HERE):
-        raise UsageError(f"{root.name} belongs to the package: build the engines of a copy (cp -r)")
-    if not os.access(root, os.W_OK):
-        raise UsageError(f"{root} may not be written, so no engines can lie there: build those of a copy")
+def ways_out(bundle: Bundle, engine: EnginePlan, room: Room) -> tuple[str, ...]:
+    """What would fit into ``room`` in place of ``engine``, tried with the same formula; and what always helps."""
+    part = next(one for one in bundle.manifest.parts if engine.graph in one.files)
+    single = _with_profiles(engine, part, [one for one in engine.profiles if _batch(one, part) == 1])
+    prefill = _with_profiles(engine, part, [one for one in engine.profiles if one.name == PREFILL])
+    ways = ["--batch 1 would fit"] if single and fits(predicted_build(single), room) else []
+    ways += _with_less_workspace("", engine.work, room)
+    if prefill is not None:
+        way = f"--profiles {PREFILL}"
+        fitting = fits(predicted_build(prefill), room)
+        ways += [f"{way} would fit"] if fitting else _with_less_workspace(f"{way} ", prefill, room)
+    return (*ways, *_other_precisions(bundle, engine, room), _export_smaller(engine), "close other programs")
 
 
 def _build_one(
@@ -212,7 +232,7 @@ def _build_one(
     started = time.monotonic()
     settings = BuildSettings(
         profiles=[profile.shapes for profile in engine.profiles],
-        workspace_bytes=plan.workspace_mb * MIB,
+        workspace_bytes=engine.work.workspace_bytes,
         version_compatible=engine.key.version_compatible,
         hardware_compatible=engine.key.hardware_compatible,
         compute_capability=plan.device.compute_capability,
@@ -225,7 +245,8 @@ def _build_one(
         timing_cache=cache,
     )
     folder = inside(bundle.root, plan.folder)
-    entry = keep_engine(folder, engine.stem, built.engine, engine.key, [one.name for one in engine.profiles])
+    names, workspace_mb = [one.name for one in engine.profiles], engine.work.workspace_bytes // MIB
+    entry = keep_engine(folder, engine.stem, built.engine, engine.key, names, workspace_mb)
     if built.timing_cache and built.timing_cache != cache:
         with atomic_file(cache_file) as scratch:
             scratch.write_bytes(built.timing_cache)
@@ -265,37 +286,52 @@ def _engine_plan(
     bundle: Bundle, part: PartFile, recipe: Recipe, options: BuildOptions, api: Api | None, device: Device
 ) -> EnginePlan:
     graph, in_place = graph_of(part, api)
-    profiles = _profiles(part, recipe, in_place, options.batch)
-    workspace_mb = options.workspace_mb or 0
+    profiles = _profiles(part, recipe, options, in_place=in_place)
     key = make_key(
         bundle,
         part,
         graph,
         profiles,
+        max_context=recipe.max_context,
         compute_capability=device.capability_text,
         flavour=api.flavour if api else TARGET,
         version=api.version_text if api else "?",
-        workspace_mb=workspace_mb,
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
     )
-    weights = sum(bundle.path(name).stat().st_size for name in source_files(part, graph))
-    ahead = api is not None and api.builds_ahead_of_time
-    need = predicted_build(weights, _largest_io(part, profiles), workspace_mb * MIB, ahead_of_time=ahead)
+    work = Work(
+        part=part.part,
+        precision=part.precision,
+        weight_bytes=_weight_bytes(bundle, part, graph),
+        num_profiles=len(profiles),
+        activation_bytes=_largest_io(part, profiles),
+        workspace_bytes=(options.workspace_mb or 0) * MIB,
+        ahead_of_time=api is not None and api.builds_ahead_of_time,
+    )
     return EnginePlan(
         part=part.part,
         precision=part.precision,
         graph=graph,
         in_place=in_place,
         profiles=profiles,
-        weight_bytes=weights,
-        need=need,
+        work=work,
+        need=predicted_build(work),
         key=key,
         file=f"{key.folder}/{stem_of(graph)}.engine",
     )
 
 
-def _profiles(part: PartFile, recipe: Recipe, in_place: bool, batch: int) -> tuple[Profile, ...]:
+def _weight_bytes(bundle: Bundle, part: PartFile, graph: str) -> int:
+    return sum(bundle.path(name).stat().st_size for name in source_files(part, graph))
+
+
+def _profiles(part: PartFile, recipe: Recipe, options: BuildOptions, *, in_place: bool) -> tuple[Profile, ...]:
+    """Those of the part that were named, in the recipe's order; all up to the batch where none was."""
+    every = _up_to_batch(part, recipe, options.batch, in_place=in_place)
+    return tuple(profile for profile in every if profile.name in options.profiles) or every
+
+
+def _up_to_batch(part: PartFile, recipe: Recipe, batch: int, *, in_place: bool) -> tuple[Profile, ...]:
     """The profiles up to ``batch`` sequences or pictures at once."""
     every = recipe.of(part.part, in_place=in_place).profiles
     chosen = tuple(profile for profile in every if _batch(profile, part) <= batch)
@@ -305,10 +341,10 @@ def _profiles(part: PartFile, recipe: Recipe, in_place: bool, batch: int) -> tup
 
 
 def _batch(profile: Profile, part: PartFile) -> int:
-    """The largest first dimension of the part's first input."""
-    shapes = profile.shapes.get(part.inputs[0].name)
-    first = part.inputs[0].shape[0]
-    return shapes[2][0] if shapes else first if isinstance(first, int) else 1
+    """How many pictures or questions at once; a first size that is fixed counts something else, such as views."""
+    first = part.inputs[0]
+    shapes = profile.shapes.get(first.name)
+    return shapes[2][0] if shapes and first.shape[0] == BATCH else 1
 
 
 def _largest_io(part: PartFile, profiles: Sequence[Profile]) -> int:
@@ -333,6 +369,29 @@ def _check_demands(part: PartFile, api: Api | None, device: Device) -> None:
         )
 
 
+def _check_profiles(parts: Sequence[PartFile], recipe: Recipe, options: BuildOptions, api: Api | None) -> None:
+    known = {
+        profile.name: part.part
+        for part in parts
+        for profile in _up_to_batch(part, recipe, options.batch, in_place=graph_of(part, api)[1])
+    }
+    if unknown := [name for name in options.profiles if name not in known]:
+        raise UnsupportedError(
+            f"--profiles: no profile {', '.join(map(repr, unknown))} up to --batch {options.batch}; "
+            f"there are {', '.join(f'{name} ({part})' for name, part in known.items())}"
+        )
+
+
+def _check_device(device: Device) -> None:
+    if device.compute_capability is None:
+        raise UnsupportedError(
+            f"{device.name}: its compute capability is not known, so engines would be nobody's: pip install "
+            "cuda-python, which asks the GPU"
+        )
+    if device.doubt:
+        logger.warning("building for %s, %s", device.name, device.doubt)
+
+
 def _check_flags(options: BuildOptions, api: Api, device: Device) -> None:
     if options.version_compatible:
         api.require_compatible("--version-compatible", api.has_version_compatible)
@@ -346,46 +405,56 @@ def _check_flags(options: BuildOptions, api: Api, device: Device) -> None:
             )
 
 
-def _require_room(bundle: Bundle, engine: EnginePlan, options: BuildOptions, plan: BuildPlan) -> None:
+def _settled(engine: EnginePlan, options: BuildOptions, room: Room) -> EnginePlan:
+    """``engine`` with a workspace that suits what is free now, where none was asked for."""
+    if options.workspace_mb is not None:
+        return engine
+    smallest = min(engine.work.workspace_bytes, default_workspace_mb(room) * MIB)
+    work = replace(engine.work, workspace_bytes=smallest)
+    return replace(engine, work=work, need=predicted_build(work))
+
+
+def _require_room(bundle: Bundle, engine: EnginePlan, room: Room) -> None:
     what = f"{engine.part} in {engine.precision}"
-    if not fits(engine.need, plan.device.room):
-        require_room(what, engine.need, plan.device.room, ways_out=_ways_out(bundle, engine, options, plan))
+    if not fits(engine.need, room):
+        require_room(what, engine.need, room, ways_out=ways_out(bundle, engine, room))
     free = shutil.disk_usage(bundle.root).free
-    wanted = predicted_engine_bytes(engine.weight_bytes, len(engine.profiles))
+    wanted = predicted_engine_bytes(engine.work)
     if wanted > free:
         raise DoesNotFitError(
             f"{bundle.root}: the engine of {what} takes about {wanted:,} bytes where {free:,} are free; {DISK_FULL}"
         )
 
 
-def _ways_out(bundle: Bundle, engine: EnginePlan, options: BuildOptions, plan: BuildPlan) -> list[str]:
-    """What would fit, tried with the same formula; and what always helps."""
-    room, ways = plan.device.room, []
-    ahead = engine.need.device_bytes == 0
-    part = next(one for one in bundle.manifest.parts if engine.graph in one.files)
-
-    def need(one: EnginePlan, workspace_mb: int, profiles: Sequence[Profile], weights: int) -> Need:
-        return predicted_build(weights, _largest_io(part, profiles), workspace_mb * MIB, ahead_of_time=ahead)
-
-    smaller = [profile for profile in engine.profiles if _batch(profile, part) == 1]
-    if len(smaller) not in (0, len(engine.profiles)) and fits(
-        need(engine, plan.workspace_mb, smaller, engine.weight_bytes), room
-    ):
-        ways.append("--batch 1 would fit")
-    over = engine.need.total_bytes - (room.host_bytes or 0) if room.shared else _over_on_device(engine.need, room)
-    workspace_mb = plan.workspace_mb - max(0, over) // MIB - 1
-    if workspace_mb >= LEAST_WORKSPACE_MB and fits(
-        need(engine, workspace_mb, engine.profiles, engine.weight_bytes), room
-    ):
-        ways.append(f"--workspace-mb {workspace_mb} would fit")
+def _other_precisions(bundle: Bundle, engine: EnginePlan, room: Room) -> list[str]:
+    """The bundle's other precisions of the part that fit."""
+    ways = []
     half = "encoder" if engine.part == "vision_encoder" else "decoder"
     for other in bundle.manifest.parts:
         if (other.part, other.target) == (engine.part, TARGET) and other.precision != engine.precision:
-            graph = other.in_place if engine.in_place else other.file
-            weights = sum(bundle.path(name).stat().st_size for name in source_files(other, graph))
-            if fits(need(engine, plan.workspace_mb, engine.profiles, weights), room):
+            weights = _weight_bytes(bundle, other, other.in_place if engine.in_place else other.file)
+            work = replace(engine.work, precision=other.precision, weight_bytes=weights)
+            if fits(predicted_build(work), room):
                 ways.append(f"--{half}-precision {other.precision} would fit")
-    return [*ways, _export_smaller(engine), "close other programs"]
+    return ways
+
+
+def _with_profiles(engine: EnginePlan, part: PartFile, profiles: Sequence[Profile]) -> Work | None:
+    """The work with these ``profiles`` alone; None where there are none, or no fewer."""
+    if len(profiles) in (0, len(engine.profiles)):
+        return None
+    return replace(engine.work, num_profiles=len(profiles), activation_bytes=_largest_io(part, profiles))
+
+
+def _with_less_workspace(before: str, work: Work, room: Room) -> list[str]:
+    """The largest workspace with which ``work`` fits, as an option behind ``before``; empty where there is none."""
+    need = predicted_build(work)
+    over = need.total_bytes - (room.host_bytes or 0) if room.shared else _over_on_device(need, room)
+    workspace_mb = work.workspace_bytes // MIB - max(0, over) // MIB - 1
+    if workspace_mb < LEAST_WORKSPACE_MB:
+        return []
+    smaller = predicted_build(replace(work, workspace_bytes=workspace_mb * MIB))
+    return [f"{before}--workspace-mb {workspace_mb} would fit"] if fits(smaller, room) else []
 
 
 def _over_on_device(need: Need, room: Room) -> int:

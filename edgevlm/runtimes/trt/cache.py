@@ -81,8 +81,10 @@ class Rows:
         return {f"{prefix}{name}": self._memory.address + i * stride for i, name in enumerate(self.layout.names)}
 
     def clear(self, start: int = 0) -> None:
-        """Set the rows from ``start`` on to zero."""
+        """Set the rows from ``start`` on to zero; beyond the last one there is nothing."""
         row, length = self.layout.row_bytes, self.num_rows
+        if start >= length:
+            return
         for address, count in self._pieces(length, start):
             self._stream.zero_rows(address, length * row, (length - start) * row, count)
 
@@ -158,7 +160,7 @@ class RowsCache:
         self._past.take(self._new(count), count, start, source_length=count)
 
     def clear(self, start: int) -> None:
-        self._past.clear(min(start, self._past.num_rows))
+        self._past.clear(start)
 
     def close(self) -> None:
         for rows in (self._past, self._one, self._many):

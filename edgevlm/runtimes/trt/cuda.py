@@ -1,4 +1,4 @@
-"""CUDA through NVIDIA's own cuda-python: memory, streams, events and captured graphs, each given back exactly once.
+"""CUDA through NVIDIA's own cuda-python: memory, streams and captured graphs, each given back exactly once.
 
 Every call's error code is looked at, and told in one line.  ``DeviceMemory`` and ``PinnedMemory`` are the two kinds of
 memory, and ``Staging`` is the way between them: the one place that would change where a Jetson's GPU is to read host
@@ -170,26 +170,6 @@ class PinnedMemory(_Owned):
         """The first bytes as numbers; nobody may hold the view beyond ``close``."""
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         return self.bytes[:count].view(dtype).reshape(shape)
-
-
-class Event(_Owned):
-    """A moment on a stream."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda, self._handle = cuda, cuda.call("cudaEventCreateWithFlags", cuda.module.cudaEventDefault)
-        super().__init__(_given_back(cuda, "cudaEventDestroy", self._handle))
-
-    def record(self, stream: Stream) -> None:
-        """Let the event be the moment when all that ``stream`` was given so far is done."""
-        self._cuda.call("cudaEventRecord", self._handle, stream.handle)
-
-    def wait(self) -> None:
-        """Come back once the moment has passed."""
-        self._cuda.call("cudaEventSynchronize", self._handle)
-
-    def ms_since(self, earlier: Event) -> float:
-        """Milliseconds of the GPU between two events, both passed."""
-        return float(self._cuda.call("cudaEventElapsedTime", earlier._handle, self._handle))
 
 
 class CapturedGraph(_Owned):
@@ -364,17 +344,38 @@ class Workspace:
         return self._memory.num_bytes if self._memory else 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Let there be ``num_bytes``; call it while nothing runs.  Raises DoesNotFitError."""
+        """Let there be ``num_bytes``; call it while nothing runs.
+
+        Raises DoesNotFitError, and then there is as much as before.
+        """
         if num_bytes <= self.num_bytes:
             return
+        try:
+            larger = self._room(num_bytes)
+        except DoesNotFitError:
+            larger = self._instead(num_bytes)
         self.close()
-        self._memory = DeviceMemory(self._cuda, num_bytes, "the engines' workspace")
+        self._memory = larger
 
     def close(self) -> None:
         memory, self._memory = self._memory, None
         self.version += 1
         if memory is not None:
             memory.close()
+
+    def _instead(self, num_bytes: int) -> DeviceMemory:
+        """So much memory where there is no room for both: the old goes first, and comes back where that is no help."""
+        had = self.num_bytes
+        self.close()
+        try:
+            return self._room(num_bytes)
+        except DoesNotFitError:
+            if had:
+                self._memory = self._room(had)
+            raise
+
+    def _room(self, num_bytes: int) -> DeviceMemory:
+        return DeviceMemory(self._cuda, num_bytes, "the engines' workspace")
 
 
 class Staging:

@@ -15,9 +15,10 @@ import numpy as np
 
 from edgevlm.bundle.manifest import Manifest
 from edgevlm.bundle.recipe import past_buckets
-from edgevlm.core.errors import DeviceError, EdgeVLMError, IntegrityError, UnsupportedError
+from edgevlm.core.errors import DeviceError, DoesNotFitError, EdgeVLMError, IntegrityError, UnsupportedError
 from edgevlm.runtimes.context import Context
 from edgevlm.runtimes.engines import Embedding
+from edgevlm.runtimes.kv_cache import cache_names
 from edgevlm.runtimes.session import Float
 from edgevlm.runtimes.trt.api import Shape
 from edgevlm.runtimes.trt.cache import PAST, PRESENT, CacheLayout, InPlaceCache, KvCache, RowsCache
@@ -92,7 +93,8 @@ class LogitsRoom:
 class Step:
     """Work that is enqueued, and from the second time with the same binding on launched as one captured piece.
 
-    ``captures`` False: it is always enqueued.  ``num_captured`` counts captures, ``num_launched`` launches.
+    ``captures`` False, or a capture that failed: it is always enqueued.  ``num_captured`` counts captures,
+    ``num_launched`` launches.
     """
 
     def __init__(self, device: CudaDevice, enqueue: Callable[[], None], *, captures: bool) -> None:
@@ -121,8 +123,8 @@ class Step:
     def _capture(self, context: ProfileContext) -> None:
         try:
             self._graph = self._device.stream.capture(self._enqueue)
-        except DeviceError as error:
-            self._captures = False
+        except (DeviceError, DoesNotFitError) as error:
+            self._captures = False  # for good: a failed capture takes longer than the launches that one saves
             logger.warning("decoding without CUDA graphs, which is slower: %s", error)
             return
         self._version = context.version
@@ -290,7 +292,7 @@ def cache_layout(engine: OpenEngine, manifest: Manifest, *, in_place: bool) -> C
     wants more than rows and their position.
     """
     shape = manifest.decoder
-    names = tuple(f"{layer}.{kind}" for layer in range(shape.num_layers) for kind in ("key", "value"))
+    names = cache_names(shape)
     _check_names(engine, names)
     length = manifest.max_context if in_place else FREE
     for name in names:

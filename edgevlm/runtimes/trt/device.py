@@ -1,7 +1,7 @@
 """Which NVIDIA GPU engines are built for, and how much memory is free there.
 
-Read with ``nvidia-smi`` or, on a Jetson, from the system's files; the CUDA runtime is asked last, since asking it
-takes memory on the device.  Not run on hardware yet.
+A build asks the CUDA runtime, which is what TensorRT builds with.  A plan reads ``nvidia-smi`` or, on a Jetson, the
+system's files, and asks CUDA last, since asking it takes memory on the device.  Not run on hardware yet.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from edgevlm.core.errors import EdgeVLMError, UnsupportedError, UsageError
+from edgevlm.core.errors import EdgeVLMError, MissingLibraryError, UnsupportedError, UsageError
 from edgevlm.core.hardware import Hardware, probe, run_tool
 from edgevlm.core.jetson import Tool
 from edgevlm.runtimes.trt.api import Api, dotted
@@ -20,13 +20,15 @@ from edgevlm.runtimes.trt.memory import MIB, Room
 logger = logging.getLogger(__name__)
 
 ON_ITS_DEVICE = "TensorRT builds engines on the device that runs them"
+BY_NVIDIA_SMI = "the first that nvidia-smi shows; CUDA may take another: pip install cuda-python to ask it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """The GPU that engines are built for; ``is_here`` is false for one that was only named.
 
-    ``compute_capability`` is None where no GPU was found, which a plan can do without.
+    ``compute_capability`` is None where no GPU was found, which a plan can do without.  ``doubt``: why it may be
+    another one than CUDA takes.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Device:
     room: Room
     is_here: bool = True
     is_jetson: bool = False
+    doubt: str = ""
 
     @property
     def capability_text(self) -> str:
@@ -48,7 +51,7 @@ def find_device(api: Api | None, named: str | None, *, planning: bool, tool: Too
     here; UnsupportedError where there is no GPU.  A plan (``planning``) may name any device, and needs none.
     """
     hardware = probe(tool=tool)
-    here = _here(hardware, tool)
+    here, reason = _here(hardware, tool, planning=planning)
     host = hardware.memory.available_bytes
     if named is not None:
         capability = parse_capability(named)
@@ -63,7 +66,7 @@ def find_device(api: Api | None, named: str | None, *, planning: bool, tool: Too
     if planning:
         return Device(name="no NVIDIA GPU", compute_capability=None, room=Room(host_bytes=host), is_here=False)
     hint = "name it with --compute-capability 8.9" if api and api.builds_ahead_of_time else f"{ON_ITS_DEVICE}: go there"
-    raise UnsupportedError(f"no NVIDIA GPU was found here (nvidia-smi shows none): {hint}")
+    raise UnsupportedError(f"no NVIDIA GPU was found here ({reason}): {hint}")
 
 
 def parse_capability(text: str) -> tuple[int, int]:
@@ -74,36 +77,54 @@ def parse_capability(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _here(hardware: Hardware, tool: Tool) -> Device | None:
+def _here(hardware: Hardware, tool: Tool, *, planning: bool) -> tuple[Device | None, str]:
+    """The GPU of this machine, or None and the reason."""
+    listed = _listed(hardware, tool)
+    if planning and listed is not None and listed.compute_capability is not None:
+        return listed, ""
+    try:
+        return _by_cuda(hardware), ""
+    except MissingLibraryError as error:
+        return listed, f"nvidia-smi shows none, and {error}"
+    except EdgeVLMError as error:
+        logger.debug("no GPU through CUDA: %s", error)
+        return (listed if planning else None), str(error)
+
+
+def _listed(hardware: Hardware, tool: Tool) -> Device | None:
+    """What can be told without asking CUDA."""
     host = hardware.memory.available_bytes
-    if hardware.jetson is not None:
-        room = Room(host_bytes=host, shared=True)
-        named = hardware.jetson.compute_capability
-        capability = parse_capability(named) if named else None
-        return Device(name=hardware.jetson.model, compute_capability=capability, room=room, is_jetson=True)
-    return _by_nvidia_smi(tool, host) or _by_cuda(host)
+    if hardware.jetson is None:
+        return _by_nvidia_smi(tool, host)
+    named = hardware.jetson.compute_capability
+    return Device(
+        name=hardware.jetson.model,
+        compute_capability=parse_capability(named) if named else None,
+        room=Room(host_bytes=host, shared=True),
+        is_jetson=True,
+    )
 
 
 def _by_nvidia_smi(tool: Tool, host: int | None) -> Device | None:
-    """The first GPU, which is the one that CUDA takes unasked."""
+    """The first GPU of its list, which is sorted by another rule than CUDA's."""
     listing = tool(["nvidia-smi", "--query-gpu=name,compute_cap,memory.free", "--format=csv,noheader,nounits"]) or ""
     for line in listing.splitlines():
         name, capability, mebibytes = (cell.strip() for cell in f"{line},,".split(",")[:3])
         if re.fullmatch(r"\d{1,2}\.\d", capability):
             free = int(mebibytes) * MIB if mebibytes.isdigit() else None
             room = Room(host_bytes=host, device_bytes=free, shared=free is None)
-            return Device(name=name, compute_capability=parse_capability(capability), room=room)
+            return Device(name=name, compute_capability=parse_capability(capability), room=room, doubt=BY_NVIDIA_SMI)
     return None
 
 
-def _by_cuda(host: int | None) -> Device | None:
-    """What the CUDA runtime says, in a container without ``nvidia-smi``; None where it is not there either."""
-    try:
-        cuda = CudaDevice()
-        facts, (free, _) = cuda.facts, cuda.cuda.call("cudaMemGetInfo")
-    except EdgeVLMError as error:
-        logger.debug("no GPU through CUDA: %s", error)
-        return None
-    device_bytes = None if facts.is_integrated else int(free)
-    room = Room(host_bytes=host, device_bytes=device_bytes, shared=facts.is_integrated)
-    return Device(name=facts.name, compute_capability=facts.compute_capability, room=room)
+def _by_cuda(hardware: Hardware) -> Device:
+    """The device that CUDA takes unasked, which is its first; raises what :class:`CudaDevice` raises."""
+    cuda = CudaDevice()
+    facts, (free, _) = cuda.facts, cuda.cuda.call("cudaMemGetInfo")
+    room = Room(
+        host_bytes=hardware.memory.available_bytes,
+        device_bytes=None if facts.is_integrated else int(free),
+        shared=facts.is_integrated,
+    )
+    is_jetson = hardware.jetson is not None and facts.is_integrated
+    return Device(name=facts.name, compute_capability=facts.compute_capability, room=room, is_jetson=is_jetson)

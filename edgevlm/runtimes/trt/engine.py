@@ -1,4 +1,4 @@
-"""An engine on its device: a context for every profile that is used, bound by name, computing in shared memory.
+"""An engine on its device: contexts for every profile that is used, bound by name, computing in shared memory.
 
 A context is bound again only where a shape, an address or the workspace changed, and counts such changes: whoever
 captured its work knows by ``version`` whether that still holds.
@@ -94,6 +94,7 @@ class ProfileContext:
 
     def _use_workspace(self) -> None:
         workspace = self._device.workspace
+        workspace.reserve(self._needed)  # it is there, unless another's growth failed and took it
         if self._needed == 0 or self._workspace == (workspace.version, workspace.address):
             return
         self._context.set_memory(workspace.address, workspace.num_bytes)
@@ -112,7 +113,7 @@ class OpenEngine:
         self.device, self.name = device, name
         self.tensors: Mapping[str, EngineTensor] = {tensor.name: tensor for tensor in engine.tensors()}
         self._engine: Engine | None = engine
-        self._contexts: dict[int, ProfileContext] = {}
+        self._contexts: dict[tuple[int, bool], ProfileContext] = {}  # several may share a profile, from TensorRT 10 on
         self._bounds = _bounds(engine, self.tensors.values())
         device.acquire()
 
@@ -131,6 +132,8 @@ class OpenEngine:
     def context(self, shapes: Mapping[str, Shape], *, repeats: bool = False) -> ProfileContext:
         """The context of the narrowest profile that takes inputs of these ``shapes``, made where it is the first use.
 
+        What ``repeats`` has one of its own, even where a profile serves both: other shapes in between would undo it.
+
         Raises UnsupportedError where no profile does, DoesNotFitError where its memory does not fit.
         """
         fitting = [index for index, bounds in enumerate(self._bounds) if bounds.hold(shapes)]
@@ -142,9 +145,10 @@ class OpenEngine:
                 "or export for these sizes"
             )
         profile = min(fitting, key=lambda index: self._bounds[index].size)
-        if profile not in self._contexts:
-            self._contexts[profile] = ProfileContext(self.device, self._opened(), profile, repeats=repeats)
-        return self._contexts[profile]
+        if (profile, repeats) not in self._contexts:
+            made = ProfileContext(self.device, self._opened(), profile, repeats=repeats)
+            self._contexts[profile, repeats] = made
+        return self._contexts[profile, repeats]
 
     def close(self) -> None:
         """Give contexts and engine back; a second time does nothing."""

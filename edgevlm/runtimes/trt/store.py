@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import platform
@@ -21,8 +22,9 @@ from typing import Any
 
 from edgevlm.bundle.hash_cache import sha256
 from edgevlm.bundle.manifest import PartFile
-from edgevlm.bundle.paths import ENGINES_FOLDER, check_name, inside
+from edgevlm.bundle.paths import ENGINES_FOLDER, RECIPE_FILE, check_name, inside
 from edgevlm.bundle.read import Bundle, read_sums
+from edgevlm.bundle.recipe import Profile, Recipe, read_recipe
 from edgevlm.core.config import from_mapping, read_json, to_json
 from edgevlm.core.errors import (
     ConfigError,
@@ -34,6 +36,8 @@ from edgevlm.core.errors import (
 )
 from edgevlm.core.files import atomic_file
 from edgevlm.runtimes.trt.api import Api, dotted
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 INDEX_FILE = "engine.json"
@@ -47,7 +51,7 @@ AMPERE = (8, 0)  # from here on an engine built hardware-compatible runs
 class EngineKey:
     """What an engine was built for and from; equal keys give engines that can stand for each other.
 
-    ``sources``: SHA-256 of the graph's files by name; ``recipe``: SHA-256 of the profiles that it was built with.
+    ``sources``: SHA-256 of the graph's files by name; ``recipe``: :func:`recipe_hash` of what it was built with.
     """
 
     compute_capability: str
@@ -56,7 +60,6 @@ class EngineKey:
     system: str
     sources: dict[str, str]
     recipe: str
-    workspace_mb: int = 0
     version_compatible: bool = False
     hardware_compatible: bool = False
 
@@ -74,12 +77,16 @@ class EngineKey:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineEntry:
-    """One engine as ``engine.json`` has it; ``profiles`` are the names of its profiles, in the order of their index."""
+    """One engine as ``engine.json`` has it.
+
+    ``profiles`` are the names of its profiles, in the order of their index; ``workspace_mb`` is what it was built with.
+    """
 
     key: EngineKey
     sha256: str
     num_bytes: int
     profiles: tuple[str, ...] = ()
+    workspace_mb: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,27 +161,32 @@ def make_key(
     bundle: Bundle,
     part: PartFile,
     graph: str,
-    profiles: Sequence[Any],
+    profiles: Sequence[Profile],
     *,
+    max_context: int,
     compute_capability: str,
     flavour: str,
     version: str,
-    workspace_mb: int = 0,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
 ) -> EngineKey:
-    """The key of the engine of ``graph``; ``profiles`` are dataclasses or plain data."""
+    """The key of the engine of ``graph`` with these ``profiles``, in a bundle for ``max_context`` rows."""
     return EngineKey(
         compute_capability=compute_capability,
         flavour=flavour,
         version=version,
         system=this_system(),
         sources=source_hashes(bundle, part, graph),
-        recipe=hashlib.sha256(json.dumps(json.loads(to_json(list(profiles))), sort_keys=True).encode()).hexdigest(),
-        workspace_mb=workspace_mb,
+        recipe=recipe_hash(profiles, max_context),
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
     )
+
+
+def recipe_hash(profiles: Sequence[Profile], max_context: int) -> str:
+    """SHA-256 of what ``tensorrt/build.json`` says about one engine."""
+    plain = json.loads(to_json({"max_context": max_context, "profiles": list(profiles)}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def source_hashes(bundle: Bundle, part: PartFile, graph: str) -> dict[str, str]:
@@ -186,24 +198,35 @@ def source_hashes(bundle: Bundle, part: PartFile, graph: str) -> dict[str, str]:
 def find_engine(bundle: Bundle, part: PartFile, api: Api, compute_capability: tuple[int, int]) -> FoundEngine:
     """The engine of ``part`` that runs here: the one with this device's key, else one built compatible with it.
 
-    An in-place graph goes before one with rows.  Raises UnsupportedError where there is none for this device and
-    version, with what there is; IntegrityError where the graph has changed since, or the entry cannot be read.
+    An in-place graph goes before one with rows.  One that cannot be used is passed over with a warning.
+
+    Raises UnsupportedError where there is none for this device and version, with what there is; IntegrityError where
+    the graph or the recipe of the only ones has changed since, or their entries cannot be read.
     """
-    here = dotted(compute_capability)
-    graphs = dict.fromkeys((graph_of(part, api)[0], part.file))
+    here, recipe = dotted(compute_capability), read_recipe(bundle)
+    first = folder_name(here, api.flavour, api.version_text)
     strangers: list[EngineEntry] = []
-    for graph in graphs:
-        for folder, entry in _entries(bundle, stem_of(graph), first=folder_name(here, api.flavour, api.version_text)):
-            if not runs_here(entry.key, api, compute_capability):
-                strangers.append(entry)
-            elif entry.key.sources != source_hashes(bundle, part, graph):
-                raise IntegrityError(
-                    f"{folder / stem_of(graph)}.engine was built from other files than {graph} is now: "
-                    f"run `edgevlm build {bundle.root}` again"
-                )
-            else:
+    complaints: list[str] = []
+    for graph in dict.fromkeys((graph_of(part, api)[0], part.file)):
+        for folder in sorted(engine_folders(bundle), key=lambda folder: (folder.name != first, folder.name)):
+            try:
+                entry = _entry(folder, stem_of(graph))
+                if entry is None:
+                    continue
+                if not runs_here(entry.key, api, compute_capability):
+                    strangers.append(entry)
+                    continue
                 path = inside(bundle.root, f"{folder.relative_to(bundle.root).as_posix()}/{stem_of(graph)}.engine")
-                return FoundEngine(path, entry, graph, in_place=graph == part.in_place)
+                found = FoundEngine(path, entry, graph, in_place=graph == part.in_place)
+                _check_fresh(bundle, part, found, recipe)
+            except IntegrityError as error:
+                complaints.append(str(error))
+                continue
+            for complaint in dict.fromkeys(complaints):
+                logger.warning("passed over: %s", complaint)
+            return found
+    if complaints:
+        raise IntegrityError("; ".join(dict.fromkeys(complaints)))
     place = f"{sm(here)} with {api.name} on {this_system()}"
     build = f"edgevlm build {bundle.root}"
     if strangers:
@@ -241,7 +264,9 @@ def read_index(folder: Path) -> EngineIndex:
         raise IntegrityError(f"{error}; run `edgevlm build --overwrite`") from error
 
 
-def keep_engine(folder: Path, stem: str, engine: Any, key: EngineKey, profiles: Sequence[str]) -> EngineEntry:
+def keep_engine(
+    folder: Path, stem: str, engine: Any, key: EngineKey, profiles: Sequence[str], workspace_mb: int
+) -> EngineEntry:
     """Write one engine into ``folder``, whole or not at all, and put its entry into ``engine.json``.
 
     Killed at any moment, it leaves an engine that is listed with its own hash, or none that is listed.
@@ -251,19 +276,30 @@ def keep_engine(folder: Path, stem: str, engine: Any, key: EngineKey, profiles: 
     with atomic_file(path) as scratch:
         with scratch.open("wb") as stream:
             stream.write(engine)
-        entry = EngineEntry(key=key, sha256=sha256(scratch), num_bytes=scratch.stat().st_size, profiles=tuple(profiles))
+        entry = EngineEntry(
+            key=key,
+            sha256=sha256(scratch),
+            num_bytes=scratch.stat().st_size,
+            profiles=tuple(profiles),
+            workspace_mb=workspace_mb,
+        )
     _list_engines(folder, {stem: entry})
     return entry
 
 
-def kept_engine(folder: Path, stem: str, key: EngineKey) -> EngineEntry | None:
-    """The entry of an engine that stands in ``folder`` whole and with this ``key``, else None."""
+def kept_engine(folder: Path, stem: str, key: EngineKey, workspace_mb: int | None = None) -> EngineEntry | None:
+    """The entry of an engine that stands in ``folder`` whole and with this ``key``, else None.
+
+    A ``workspace_mb`` that was asked for counts too; None takes any.
+    """
     try:
         entry = read_index(folder).engines.get(stem)
     except IntegrityError:
         return None
     path = folder / f"{stem}.engine"
-    if entry is None or entry.key != key or not path.is_file() or path.is_symlink():
+    if entry is None or workspace_mb not in (None, entry.workspace_mb):
+        return None
+    if entry.key != key or not path.is_file() or path.is_symlink():
         return None
     return entry if path.stat().st_size == entry.num_bytes and sha256(path) == entry.sha256 else None
 
@@ -307,12 +343,23 @@ def engine_folders(bundle: Bundle) -> tuple[Path, ...]:
     return tuple(sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.is_symlink()))
 
 
-def _entries(bundle: Bundle, stem: str, *, first: str) -> Iterator[tuple[Path, EngineEntry]]:
-    """Every engine called ``stem``, with its folder; those of the folder named ``first`` come first."""
-    for folder in sorted(engine_folders(bundle), key=lambda folder: (folder.name != first, folder.name)):
-        entry = read_index(folder).engines.get(stem)
-        if entry is not None and (folder / f"{stem}.engine").is_file():
-            yield folder, entry
+def _entry(folder: Path, stem: str) -> EngineEntry | None:
+    """What ``folder`` says about the engine called ``stem``, None where it has none.  Raises IntegrityError."""
+    entry = read_index(folder).engines.get(stem)
+    return entry if (folder / f"{stem}.engine").is_file() else None
+
+
+def _check_fresh(bundle: Bundle, part: PartFile, found: FoundEngine, recipe: Recipe) -> None:
+    """Raises IntegrityError where the engine was cut, or built from another graph or recipe than there is now."""
+    again = f"run `edgevlm build {bundle.root}` again"
+    if found.path.stat().st_size != found.entry.num_bytes:
+        raise IntegrityError(_damaged(found.path))
+    if found.entry.key.sources != source_hashes(bundle, part, found.graph):
+        raise IntegrityError(f"{found.path} was built from other files than {found.graph} is now: {again}")
+    every = {one.name: one for one in recipe.of(part.part, in_place=found.in_place).profiles}
+    chosen = [every[name] for name in found.entry.profiles if name in every]
+    if found.entry.key.recipe != recipe_hash(chosen, recipe.max_context):
+        raise IntegrityError(f"{found.path} was built for other sizes than {RECIPE_FILE} has now: {again}")
 
 
 def _fits_version(key: EngineKey, api: Api) -> bool:
