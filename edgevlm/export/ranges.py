@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from edgevlm.core.errors import UnsupportedError, translate_disk_errors
 
 Float: TypeAlias = NDArray[np.float32]
 Range: TypeAlias = tuple[float, float]
+Made = TypeVar("Made")
 Feed: TypeAlias = Mapping[str, NDArray[Any]]  # what a call of a graph reads, by name
 
 NUM_SAMPLED = 4096  # values of a tensor and batch
@@ -69,9 +70,9 @@ def observed(
     model: ir.Model,
     values: Sequence[ir.Value],
     feeds: Sequence[Feed],
-    choose: Callable[[Seen], Range],
+    choose: Callable[[Seen], Made],
     part: str = "the encoder",
-) -> dict[ir.Value, Range]:
+) -> dict[ir.Value, Made]:
     """What ``choose`` makes of each of ``values`` over ``feeds``; raises as ``observed_ranges``, of ``part``."""
     seen = _seen_in(model, [value.name or "" for value in values], feeds, part)
     return {value: choose(seen[value.name or ""]) for value in values}

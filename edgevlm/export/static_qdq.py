@@ -6,8 +6,10 @@ stay float, and what a layer writes is rounded where the next one reads it.  Eve
 float16 holds, so that ``to_half`` changes none.
 
 Convolutions and products with constant weights are quantized, in encoders and in decoders.  Depthwise convolutions,
-the small convolutions of squeeze-and-excite gates, attention, softmax and norms stay float.  In E4M3 only
-convolutions of one group are quantized whose channels come in sixteens, as the tensor cores read them.
+the small convolutions of squeeze-and-excite gates, attention, softmax and norms stay float.  So does, in int8, a
+product whose rows have outliers: a scale that holds one number 32 times as large as the root mean square leaves few
+codes for the others (the gated rows of a SwiGLU, whose first token is often such a one).  In E4M3 only convolutions
+of one group are quantized whose channels come in sixteens, as the tensor cores read them.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from numpy.typing import NDArray
 
 from edgevlm.core.errors import UnsupportedError
 from edgevlm.export.encoder_int8 import SeamWriter, StaticReport, is_dense, layer_weight, output_axis
-from edgevlm.export.ranges import Feed, Range, best_bound, largest_bound, observed
+from edgevlm.export.ranges import Feed, Range, Seen, best_bound, largest_bound, observed
 from edgevlm.quant.floats import E4M3_LARGEST, half_scales, power_of_two
 from edgevlm.quant.rounding import QuantizedWeight, round_weight
 from edgevlm.quant.schemes import Static
 
 CHANNELS = 16  # that a convolution in E4M3 takes at once
 INT8_LARGEST = 127
+OUTLIER = 32.0  # times the root mean square
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 CODES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
@@ -46,16 +49,17 @@ def quantize_static_symmetric(model: ir.Model, feeds: Sequence[Feed], format: Li
     layers = [node for node in candidates if is_dense(node) and _has_kernel(node, format)]
     if not layers:
         raise UnsupportedError(f"{part}: no layer with constant weights to put in {format}: take fp16 or fp32")
-    sources = {node: _source(node) for node in layers}
+    seen = observed(model, list(dict.fromkeys(map(_source, layers))), feeds, lambda seen: seen, part)
+    sources = {node: _source(node) for node in layers if not _loses(node, seen[_source(node)], format)}
     choose = best_bound if format == "int8" else largest_bound
-    ranges = observed(model, list(dict.fromkeys(sources.values())), feeds, choose, part)
+    ranges = {value: choose(seen[value]) for value in dict.fromkeys(sources.values())}
     scales = {value: activation_scale(found, format) for value, found in ranges.items()}
     writer = SymmetricWriter(model.graph, scales, format)
-    for node in layers:
+    for node in sources:
         writer.quantize(node)
     writer.drop_unused_weights()
     return StaticReport(
-        quantized=tuple(node.name or "" for node in layers),
+        quantized=tuple(node.name or "" for node in sources),
         kept_float=tuple(node.name or "" for node in candidates if node not in sources),
         ranges={value.name or "": found for value, found in ranges.items()},
         num_batches=len(feeds),
@@ -83,6 +87,14 @@ def activation_scale(found: Range, format: Literal["int8", "fp8"]) -> float:
 
 def _half_scale(scale: float) -> float:
     return float(half_scales(torch.tensor([scale])))
+
+
+def _loses(node: ir.Node, seen: Seen, format: Literal["int8", "fp8"]) -> bool:
+    """Whether most of what ``node`` reads would fall into a few codes."""
+    if format == "fp8" or node.op_type == "Conv":
+        return False
+    mean_square = float(np.square(seen.sample, dtype=np.float64).mean())
+    return float(np.abs(seen.extremes).max()) > OUTLIER * mean_square**0.5
 
 
 def _source(node: ir.Node) -> ir.Value:

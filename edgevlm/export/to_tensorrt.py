@@ -14,7 +14,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from edgevlm.bundle.manifest import PartFile
-from edgevlm.core.errors import UnsupportedError
+from edgevlm.core.errors import UnsupportedError, UsageError
 from edgevlm.export.clean_graph import clean
 from edgevlm.export.decoder_graph import Writing, decoder_graph
 from edgevlm.export.embedding_graph import TABLE, embedding_graph
@@ -45,6 +45,12 @@ class TensorRtTarget:
     """
 
     def __init__(self, lowering: Lowering) -> None:
+        """Raises UsageError for ways of lowering that are other targets'."""
+        if lowering.plain or lowering.static_batch:
+            raise UsageError(
+                "--plain and --static-batch are for --target onnx: TensorRT's graphs have standard operators alone, "
+                "and `edgevlm build --batch 1` fixes the batch"
+            )
         self.lowering = lowering
         self._wide: dict[str, tuple[str, ...]] = {}
 

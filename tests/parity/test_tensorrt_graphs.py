@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edgevlm.bundle.manifest import PartFile
-from edgevlm.core.errors import EdgeVLMError
+from edgevlm.core.errors import EdgeVLMError, UsageError
 from edgevlm.export.heard import Heard
 from edgevlm.export.parts import Part, split
 from edgevlm.export.target import Extras, Lowering
@@ -262,3 +262,9 @@ def test_a_precision_that_tensorrt_lacks_is_refused_with_those_it_has(
 ) -> None:
     with pytest.raises(EdgeVLMError, match=known):
         lower(tiny(), tmp_path, precision)
+
+
+def test_other_targets_ways_of_lowering_are_refused() -> None:
+    for lowering in (Lowering(plain=True), Lowering(static_batch=True)):
+        with pytest.raises(UsageError, match="are for --target onnx"):
+            TensorRtTarget(lowering)

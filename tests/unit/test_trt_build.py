@@ -306,6 +306,14 @@ def test_a_disk_that_is_too_small_is_told_before_the_attempt(bundle: Bundle, mon
     assert module.fake.builds == []
 
 
+def test_engines_that_are_all_there_need_no_writing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_tensorrt("10.3.0")
+    built(bundle, module)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    again, _ = built(bundle, module)
+    assert [one.was_there for one in again] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("module", "device", "options", "words"),
     [

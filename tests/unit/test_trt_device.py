@@ -9,7 +9,7 @@ import pytest
 from fakes.cuda import cudaError_t, fake_cuda, install
 from fakes.trt import fake_tensorrt
 
-from edgevlm.core.errors import UnsupportedError, UsageError
+from edgevlm.core.errors import DeviceError, UsageError
 from edgevlm.core.hardware import probe
 from edgevlm.core.jetson import Jetson
 from edgevlm.runtimes.trt import device as device_module
@@ -75,7 +75,7 @@ def test_a_plan_takes_no_memory_on_the_device(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_that_cuda_cannot_reach_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = put_cuda(monkeypatch)
     cuda.fail["cudaGetDeviceCount"] = cudaError_t.cudaErrorInsufficientDriver
-    with pytest.raises(UnsupportedError, match=r"no NVIDIA GPU was found here \(there is no NVIDIA driver"):
+    with pytest.raises(DeviceError, match=r"no NVIDIA GPU was found here \(there is no NVIDIA driver"):
         find_device(TENSORRT, None, planning=False, tool=smi)
     assert find_device(TENSORRT, None, planning=True, tool=smi).compute_capability == (8, 9)
 
@@ -99,9 +99,9 @@ def test_an_unknown_jetson_without_cuda_python_stays_unknown() -> None:
 
 
 def test_without_a_gpu_only_rtx_builds_and_only_for_a_named_one() -> None:
-    with pytest.raises(UnsupportedError, match="no NVIDIA GPU was found here"):
+    with pytest.raises(DeviceError, match="no NVIDIA GPU was found here"):
         find_device(TENSORRT, None, planning=False, tool=nothing)
-    with pytest.raises(UnsupportedError, match="name it with --compute-capability"):
+    with pytest.raises(DeviceError, match="name one with --compute-capability, such as"):
         find_device(RTX, None, planning=False, tool=nothing)
     with pytest.raises(UsageError, match="only TensorRT-RTX builds for another"):
         find_device(TENSORRT, "8.9", planning=False, tool=nothing)

@@ -189,12 +189,17 @@ def build_engines(
     Raises DoesNotFitError before a build that would run out of memory or disk, DeviceError where another build is at
     work, UnsupportedError for a device that nobody knows, and what ``Api.build`` raises.
     """
-    require_writable(bundle.root, "engines", instead="build those of a copy (cp -r)")
     _check_device(plan.device)
     _check_flags(options, api, plan.device)
+    folder = inside(bundle.root, plan.folder)
+    try:
+        require_writable(bundle.root, "engines", instead="build those of a copy (cp -r)")
+    except UsageError:
+        if not overwrite and (there := _all_there(plan, folder, options)):
+            return there
+        raise
     results = []
     with locked(bundle):
-        folder = inside(bundle.root, plan.folder)
         with translate_disk_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
@@ -210,6 +215,14 @@ def build_engines(
             _require_room(bundle, settled, room)
             results.append(_build_one(bundle, settled, plan, api, cache_file, report))
     return tuple(results)
+
+
+def _all_there(plan: BuildPlan, folder: Path, options: BuildOptions) -> tuple[EngineResult, ...]:
+    """What was built before, if that is all of it: then nothing need be written."""
+    entries = [kept_engine(folder, engine.stem, engine.key, options.workspace_mb) for engine in plan.engines]
+    pairs = zip(plan.engines, entries, strict=True)
+    found = tuple(_result(engine, entry.num_bytes, was_there=True) for engine, entry in pairs if entry is not None)
+    return found if len(found) == len(plan.engines) else ()
 
 
 def ways_out(bundle: Bundle, engine: EnginePlan, room: Room) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from edgevlm.core.errors import EdgeVLMError, MissingLibraryError, UnsupportedError, UsageError
+from edgevlm.core.errors import DeviceError, EdgeVLMError, MissingLibraryError, UsageError
 from edgevlm.core.hardware import Hardware, probe, run_tool
 from edgevlm.core.jetson import Tool
 from edgevlm.runtimes.trt.api import Api, dotted
@@ -48,7 +48,7 @@ def find_device(api: Api | None, named: str | None, *, planning: bool, tool: Too
     """The device to build for: the one ``named`` by its compute capability ("8.9"), else the GPU that is here.
 
     Raises UsageError for a name that is no compute capability, or where ``api`` cannot build for a device that is not
-    here; UnsupportedError where there is no GPU.  A plan (``planning``) may name any device, and needs none.
+    here; DeviceError where there is no GPU.  A plan (``planning``) may name any device, and needs none.
     """
     hardware = probe(tool=tool)
     here, reason = _here(hardware, tool, planning=planning)
@@ -65,8 +65,12 @@ def find_device(api: Api | None, named: str | None, *, planning: bool, tool: Too
         return here
     if planning:
         return Device(name="no NVIDIA GPU", compute_capability=None, room=Room(host_bytes=host), is_here=False)
-    hint = "name it with --compute-capability 8.9" if api and api.builds_ahead_of_time else f"{ON_ITS_DEVICE}: go there"
-    raise UnsupportedError(f"no NVIDIA GPU was found here ({reason}): {hint}")
+    hint = (
+        "name one with --compute-capability, such as 8.9"
+        if api and api.builds_ahead_of_time
+        else f"{ON_ITS_DEVICE}: go there"
+    )
+    raise DeviceError(f"no NVIDIA GPU was found here ({reason}): {hint}")
 
 
 def parse_capability(text: str) -> tuple[int, int]:
