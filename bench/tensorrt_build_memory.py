@@ -183,5 +183,5 @@ def show(rows: Iterator[Row]) -> Iterator[Row]:
 
 if __name__ == "__main__":
     names = [argument for argument in sys.argv[1:] if argument != "--small"]
-    target = Path(names[0]) if names else HERE / "results" / "tensorrt_build_memory.json"
-    main(target, small="--small" in sys.argv)
+    target = Path(names[0]) if names else HERE / "results"
+    main(target / "tensorrt_build_memory.json", small="--small" in sys.argv)

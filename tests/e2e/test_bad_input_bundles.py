@@ -89,7 +89,7 @@ def test_a_newer_schema_says_upgrade(bundle: Path, refused: Refused, reseal: Res
         (lambda m: m.update(surprise=1), 7, "no key named 'surprise'"),
         (lambda m: m.update(schema="1"), 7, "not the manifest of a bundle"),
         (lambda m: m["decoder"].update(num_layers=9), 7, "promises a kv cache of 9 layers"),
-        (lambda m: m["parts"][0].update(target="tensorrt"), 3, "was not exported for 'onnx'"),
+        (lambda m: m["parts"][0].update(target="coreml"), 3, "was exported for coreml only"),
         (lambda m: m["image"].update(height=-1), 2, "image height must be 1 to"),
         (lambda m: m["prompt"].update(image_token="<nope>"), 2, "the tokenizer has no token '<nope>'"),
         (lambda m: m.update(max_context=10**13), 5, ("not enough memory", "smaller model")),

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("export", "quant", "runtimes", "bench")
 SCRIPTS = [path.relative_to(ROOT) for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
 EXPORTING = [pytest.mark.slow]
+SMALLER = {"tensorrt_build_memory.py": ["--small"]}  # what a script is asked for, where the whole would take minutes
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_walkthrough_runs(script: Path, folder: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, ROOT / script, str(folder)], cwd=folder, capture_output=True, text=True, timeout=600
+        [sys.executable, ROOT / script, str(folder), *SMALLER.get(script.name, [])],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
+    if "is not installed: pip install" in ran.stderr:
+        pytest.skip(ran.stderr.strip())
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.strip()

@@ -87,7 +87,7 @@ def test_the_verb_prints_the_card_without_torch_and_without_weights(config_alone
     program += "try: main()\nfinally: assert 'torch' not in sys.modules"
     found = subprocess.run([sys.executable, "-c", program, str(config_alone.path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["targets"] == ["onnx"]
+    assert json.loads(found.stdout)["targets"] == ["onnx", "tensorrt"]
 
 
 def test_tiles_are_counted_without_a_tokenizer(tmp_path: Path) -> None:
